@@ -1,0 +1,190 @@
+"""Random changes to training images: what is asked for (`Augment`) and what does it (`SampleAugmenter`, `mix_batch`).
+
+All of it is torchvision.transforms.v2, on uint8 C H W on the CPU. Those transforms draw from torch's global generator;
+`isolated_rng` seeds it from the sample's own coordinates and puts it back afterwards, so that what happens to a sample
+depends on nothing but its seed, and the caller's random numbers on none of this.
+
+Order: random resized crop (in place of the preprocessing's resize and crop), shift, flip, RandAugment, erasing; then
+the batch is normalised and mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xception.data.preprocess import Preprocess
+from xception.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Which augmentations, and how strong; everything is off by default. `ConfigError` for values out of range."""
+
+    random_resized_crop: tuple[float, float] | None = None
+    """Cut out a box of this share of the area (low, high), of aspect ratio 3/4 to 4/3, and scale it to the input."""
+    translate_pixels: int = 0
+    """Shift by up to so many pixels each way; what comes in is the repeated edge."""
+    horizontal_flip: float = 0.0
+    """Probability of a mirror image."""
+    rand_augment: int = 0
+    """Number of RandAugment operations (Cubuk et al., arXiv:1909.13719); what they uncover is filled with the mean."""
+    rand_augment_magnitude: int = 9
+    """Their strength, 0 to 30."""
+    random_erasing: float = 0.0
+    """Probability that a box is overwritten with the mean (Zhong et al., arXiv:1708.04896)."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution (Zhang et al., arXiv:1710.09412); 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's (Yun et al., arXiv:1905.04899); 0 for none. With both, each batch gets one of the two."""
+
+    def __post_init__(self) -> None:
+        crop = self.random_resized_crop
+        if crop is not None and not (
+            isinstance(crop, tuple) and len(crop) == 2 and all(map(_is_number, crop)) and 0 < crop[0] <= crop[1] <= 1
+        ):
+            raise ConfigError(f"random_resized_crop: expected (low, high) with 0 < low <= high <= 1, got {crop!r}")
+        for name, high in (("translate_pixels", 1024), ("rand_augment", 16), ("rand_augment_magnitude", 30)):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= high:
+                raise ConfigError(f"{name}: expected a whole number from 0 to {high}, got {value!r}")
+        for name in ("horizontal_flip", "random_erasing"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ConfigError(f"{name}: expected a probability, 0 to 1, got {value!r}")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1000):
+                raise ConfigError(f"{name}: expected 0 to 1000, got {value!r}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether targets become probabilities, float N K."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def changes_samples(self) -> bool:
+        """Whether anything random happens to single images."""
+        return self.replaces_geometry or any(
+            (self.translate_pixels, self.horizontal_flip, self.rand_augment, self.random_erasing)
+        )
+
+    @property
+    def replaces_geometry(self) -> bool:
+        """Whether the preprocessing's resize and crop give way to a random one."""
+        return self.random_resized_crop is not None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@contextmanager
+def isolated_rng() -> Iterator[Callable[[int], None]]:
+    """Lends torch's CPU generator: call the yielded function to seed it; its former state is back at the end."""
+    import torch
+
+    generator = torch.default_generator
+    state = generator.get_state()
+
+    def reseed(seed: int) -> None:
+        generator.manual_seed(seed)
+
+    try:
+        yield reseed
+    finally:
+        generator.set_state(state)
+
+
+class SampleAugmenter:
+    """The transforms that an `Augment` asks for, ready to run on one image after the other."""
+
+    def __init__(self, augment: Augment, preprocess: Preprocess) -> None:
+        from torchvision.transforms import v2
+
+        self._preprocess = preprocess
+        self._margin = augment.translate_pixels
+        # Reductions over an image add up in another order on another number of threads.
+        self.needs_one_thread = augment.rand_augment > 0
+        self._crop = (
+            v2.RandomResizedCrop(
+                preprocess.size,
+                scale=augment.random_resized_crop,
+                interpolation=preprocess.interpolation_mode,
+                antialias=preprocess.interpolation != "nearest",
+            )
+            if augment.random_resized_crop is not None
+            else None
+        )
+        mean = [round(255 * value) for value in preprocess.mean]
+        bilinear = v2.InterpolationMode.BILINEAR
+        self._transforms: list[Callable[[Any], Any]] = []
+        if augment.translate_pixels:
+            self._transforms.append(v2.RandomCrop(preprocess.size))
+        if augment.horizontal_flip:
+            self._transforms.append(v2.RandomHorizontalFlip(augment.horizontal_flip))
+        if augment.rand_augment:
+            count, magnitude = augment.rand_augment, augment.rand_augment_magnitude
+            self._transforms.append(v2.RandAugment(count, magnitude, interpolation=bilinear, fill=mean))
+        if augment.random_erasing:
+            self._transforms.append(v2.RandomErasing(augment.random_erasing, value=mean))
+
+    def __call__(self, image: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """uint8 H W C -> uint8 C H W of the input size, drawing from torch's generator as it is."""
+        if self._crop is None:
+            return self.from_padded(self.pad(self._preprocess.geometry(image)))
+        return self.from_padded(self.pad(self._crop(self._preprocess.convert(image))))
+
+    def pad(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [...,] C H W of the input size -> the same with the margin that shifting needs."""
+        from torchvision.transforms.v2 import functional
+
+        if self._margin == 0:
+            return images
+        padded: torch.Tensor = functional.pad(images, [self._margin] * 4, padding_mode="edge")
+        return padded
+
+    def from_padded(self, image: torch.Tensor) -> torch.Tensor:
+        """What `pad` gave for one image -> uint8 C H W of the input size: all that is random but the resized crop."""
+        for transform in self._transforms:
+            image = transform(image)
+        return image
+
+
+def mix_batch(
+    augment: Augment, images: torch.Tensor, targets: torch.Tensor, *, num_classes: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixup or CutMix of a batch.
+
+    Args:
+        augment: Says which, and how strong.
+        images: float32 N C H W.
+        targets: int64 N, or float N K.
+        num_classes: K.
+        seed: Decides everything random about it.
+
+    Returns:
+        Images of the same shape, and targets as float32 N K that sum to what they summed to before.
+    """
+    import torch
+    from torchvision.transforms import v2
+
+    if targets.ndim == 1:
+        targets = torch.nn.functional.one_hot(targets, num_classes).to(torch.float32)
+    if not augment.mixes or len(images) == 0:
+        return images, targets
+    with isolated_rng() as reseed:
+        reseed(seed)
+        choices = [v2.MixUp(alpha=augment.mixup)] if augment.mixup else []
+        choices += [v2.CutMix(alpha=augment.cutmix)] if augment.cutmix else []
+        chosen = choices[int(torch.randint(len(choices), ()))]
+        images, targets = chosen(images, targets)
+    return images, targets

@@ -1,0 +1,23 @@
+"""Where networks run."""
+
+from __future__ import annotations
+
+import torch
+
+from xception.errors import ConfigError
+
+
+def usable_device(choice: torch.device | str | None = None) -> torch.device:
+    """The device that was asked for; None: CUDA where there is one, else the CPU.
+
+    Raises `ConfigError` for a name that is none, and for a device that this machine (or this PyTorch) lacks.
+    """
+    if choice is None:
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(choice)
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        problem = str(error).partition("\n")[0][:160]
+        raise ConfigError(f"device {str(choice)!r} cannot be used: {problem}") from error
+    return device

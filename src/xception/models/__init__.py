@@ -1,0 +1,1 @@
+"""Architectures only: nothing here downloads, logs or parses arguments."""

@@ -1,0 +1,139 @@
+"""What the operations are, in plain PyTorch: the definition, the fallback, the oracle of every faster path.
+
+Tensors are N C H W; sizes, strides and dilations are in pixels and the same in both directions.
+Nothing here works in place, so an input may safely be a shortcut's source as well.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xception.errors import ConfigError
+
+Activation = Literal["none", "relu", "elu"]
+Order = Literal["depthwise_pointwise", "pointwise_depthwise"]
+Padding = int | Literal["same"]
+
+ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "elu")
+ORDERS: tuple[Order, ...] = ("depthwise_pointwise", "pointwise_depthwise")
+
+
+def same_padding(size: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> tuple[int, int]:
+    """The zeros before and after one axis under TensorFlow's SAME rule.
+
+    The output has ceil(size / stride) positions; what they lack is split, with the odd one at the far end::
+
+        total = max((ceil(size / stride) - 1) * stride + dilation * (kernel_size - 1) + 1 - size, 0)
+
+    With stride 1 and an odd kernel this is symmetric; a 3-wide kernel with stride 2 gets (1, 1) on odd sizes
+    and (0, 1) on even ones, where PyTorch's usual padding of 1 would shift every window by a pixel.
+    """
+    outputs = -(-size // stride)
+    total = max((outputs - 1) * stride + dilation * (kernel_size - 1) + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def pad_same(x: Tensor, kernel_size: int, stride: int = 1, dilation: int = 1, *, value: float = 0.0) -> Tensor:
+    """`x` with SAME padding around it, for an operation that pads nothing itself: N C H W -> N C H' W'."""
+    top, bottom = same_padding(x.shape[2], kernel_size, stride, dilation)
+    left, right = same_padding(x.shape[3], kernel_size, stride, dilation)
+    if top == bottom == left == right == 0:
+        return x
+    return F.pad(x, (left, right, top, bottom), value=value)
+
+
+def max_pool2d_same(x: Tensor, kernel_size: int = 3, stride: int = 2, dilation: int = 1) -> Tensor:
+    """TensorFlow's SAME max-pool: N C H W -> N C ceil(H/stride) ceil(W/stride).
+
+    By definition ``max_pool2d(pad_same(x, ..., value=-inf))``. The padding never wins a maximum, so a window
+    that hangs over the far edge (``ceil_mode``) gives the same values without a copy that costs as much as
+    the pool itself. Two cases keep to the definition: an even window with stride 1, whose padding has no such
+    form, and dilated taps, which can all miss a small map (PyTorch's own padding then writes out of bounds).
+    """
+    if dilation > 1 or (stride == 1 and kernel_size % 2 == 0):
+        padded = pad_same(x, kernel_size, stride, dilation, value=-torch.inf)
+        return F.max_pool2d(padded, kernel_size, stride, dilation=dilation)
+    before = tuple(same_padding(size, kernel_size, stride)[0] for size in x.shape[2:])
+    return F.max_pool2d(x, kernel_size, stride, before, ceil_mode=True)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+) -> Tensor:
+    """One k x k filter (or m of them) for each channel, no mixing of channels: N C H W -> N C*m H' W'.
+
+    `weight` is C*m 1 k k, m being the depth multiplier (1 in the paper); output channel c*m + j filters input
+    channel c. `padding` is a number of zeros on every side, or "same" for TensorFlow's rule.
+    """
+    channels = x.shape[1]
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[0] % channels:
+        raise ConfigError(
+            f"expected depthwise weights of C*m 1 k k for C = {channels} channels, got {tuple(weight.shape)}"
+        )
+    if padding == "same":
+        if stride == 1 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2:
+            padding = dilation * (weight.shape[2] // 2)
+        else:
+            x, padding = pad_same(x, weight.shape[2], stride, dilation), 0
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups=channels)
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+    order: Order = "depthwise_pointwise",
+    input_relu: bool = False,
+    intermediate_activation: Activation = "none",
+    residual: Tensor | None = None,
+    output_activation: Activation = "none",
+) -> Tensor:
+    """Depthwise separable convolution (section 2): N C H W -> N C' H' W'::
+
+        y = output_activation(second(intermediate_activation(first(relu?(x)))) + bias? + residual?)
+
+    `first` is the depthwise and `second` the pointwise (1x1) convolution; the other way round with
+    ``order="pointwise_depthwise"``, the paper's "extreme" Inception module (Fig. 4). `depthwise` is M 1 k k
+    over the channels it meets, `pointwise` C' C 1 1. `bias` has an element an output channel, `residual` the
+    output's shape. Stride, padding and dilation are the depthwise convolution's.
+    """
+    if order not in ORDERS:
+        raise ConfigError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
+    x = F.relu(x) if input_relu else x
+    if order == "depthwise_pointwise":
+        x = depthwise_conv2d(x, depthwise, stride=stride, padding=padding, dilation=dilation)
+        x = F.conv2d(activate(x, intermediate_activation), pointwise, bias)
+    else:
+        x = activate(F.conv2d(x, pointwise), intermediate_activation)
+        x = depthwise_conv2d(x, depthwise, bias, stride=stride, padding=padding, dilation=dilation)
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ConfigError(f"expected a residual of {tuple(x.shape)}, got {tuple(residual.shape)}")
+        x = x + residual
+    return activate(x, output_activation)
+
+
+def activate(x: Tensor, name: Activation) -> Tensor:
+    """`x` itself, its ReLU or its ELU, never in place."""
+    if name == "none":
+        return x
+    if name == "relu":
+        return F.relu(x)
+    if name == "elu":
+        return F.elu(x)
+    raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")

@@ -1,0 +1,434 @@
+"""Recipes: everything that decides how a network is trained, as frozen data.
+
+Four are named. `imagenet` and `jft` are the paper's (section 4.3 and 4.4 of arXiv 1610.02357v3); the paper leaves
+much unsaid (batch size, epochs, augmentation, averaging decay, RMSprop's rho and epsilon, ...), and what it does
+not state is our choice: `Recipe.stated` names the fields that the paper does state, and ``--dry-run`` prints which
+is which. `finetune` adapts a trained network to new classes, `small` trains small images from scratch.
+
+This file imports neither torch nor any room above it but `data`: the command line reads it before anything heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from tyro.conf import Suppress
+
+from xception.data.augment import Augment
+from xception.errors import ConfigError
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}; got {value!r}")
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update rule. Weight decay is L2, added to the gradient as ``weight_decay * w`` (AdamW: decoupled)."""
+
+    optimizer: Literal["sgd", "rmsprop", "adamw"] = "sgd"
+    """Update rule: SGD with momentum, RMSprop as TensorFlow of 2016 had it, or AdamW."""
+    learning_rate: float = 0.045
+    """Rate at the start of the schedule (after warm-up)."""
+    momentum: float = 0.9
+    """Momentum of SGD and RMSprop, the first beta of AdamW."""
+    nesterov: bool = False
+    """Nesterov momentum (SGD only)."""
+    rho: float = 0.9
+    """Decay of RMSprop's mean square, the second beta of AdamW."""
+    epsilon: float = 1.0
+    """RMSprop: inside the root. AdamW: outside."""
+    weight_decay: float = 1e-5
+    """L2 on the weights of convolutions and linear layers."""
+    decay_depthwise: bool = True
+    """Whether weight decay acts on depthwise filters as well."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0 clips nothing."""
+    trunk_factor: float = 1.0
+    """The trunk's learning rate as a share of the head's."""
+
+    def __post_init__(self) -> None:
+        _require(
+            _finite(self.learning_rate) and self.learning_rate > 0,
+            "learning_rate",
+            "above 0",
+            self.learning_rate,
+        )
+        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        _require(0 <= self.rho < 1, "rho", "in [0, 1)", self.rho)
+        _require(_finite(self.epsilon) and self.epsilon > 0, "epsilon", "above 0", self.epsilon)
+        _require(
+            _finite(self.weight_decay) and self.weight_decay >= 0,
+            "weight_decay",
+            "0 or more",
+            self.weight_decay,
+        )
+        _require(_finite(self.clip_norm) and self.clip_norm >= 0, "clip_norm", "0 or more", self.clip_norm)
+        _require(0 <= self.trunk_factor <= 1, "trunk_factor", "in [0, 1]", self.trunk_factor)
+        _require(
+            not self.nesterov or (self.optimizer == "sgd" and self.momentum > 0),
+            "nesterov",
+            "off unless optimizer is sgd with momentum",
+            self.nesterov,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over time, as a pure function of the samples seen (`optimizers.rate_factor`)."""
+
+    schedule: Literal["constant", "exponential", "cosine"] = "exponential"
+    """Shape of the decay."""
+    decay_factor: float = 0.94
+    """Exponential: the rate is multiplied by this ..."""
+    decay_epochs: float = 2.0
+    """... every so many epochs ..."""
+    decay_samples: int = 0
+    """... or, where this is not 0, every so many samples."""
+    staircase: bool = True
+    """Exponential: in steps (as published) or smoothly."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the rate rises from 0."""
+    final_factor: float = 0.0
+    """Cosine: the share of the rate that is left at the end."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.decay_factor <= 1, "decay_factor", "in (0, 1]", self.decay_factor)
+        _require(_finite(self.decay_epochs) and self.decay_epochs > 0, "decay_epochs", "above 0", self.decay_epochs)
+        _require(self.decay_samples >= 0, "decay_samples", "0 or more", self.decay_samples)
+        _require(
+            _finite(self.warmup_epochs) and self.warmup_epochs >= 0,
+            "warmup_epochs",
+            "0 or more",
+            self.warmup_epochs,
+        )
+        _require(0 <= self.final_factor <= 1, "final_factor", "in [0, 1]", self.final_factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Softmax cross entropy with one label an image, sigmoid cross entropy with several (or none)."""
+
+    loss: Literal["auto", "softmax", "sigmoid"] = "auto"
+    """auto: softmax where every image has one label, sigmoid for multi-label data."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: each class weighs as much as any other, whatever its number of images."""
+    auxiliary_weight: float = 0.3
+    """Weight of each auxiliary tower's loss, for networks built with towers."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
+        _require(
+            _finite(self.auxiliary_weight) and self.auxiliary_weight >= 0,
+            "auxiliary_weight",
+            "0 or more",
+            self.auxiliary_weight,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """How images come to the network: size, resizing, the split, and who reads them."""
+
+    image_size: int | None = None
+    """Side in pixels; by default the weights' own, else the model's."""
+    resize: Literal["crop", "squash"] = "crop"
+    """In evaluation: centre crop after resizing the shorter side, or a straight resize."""
+    crop_fraction: float = 1.0
+    """Side of the centre crop as a share of the resized shorter side."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Always antialiased."""
+    val_fraction: float = 0.1
+    """Share of the training images kept for validation where the data has no such part."""
+    test_fraction: float = 0.1
+    """Share kept for the test where the data has no parts at all."""
+    balanced_sampling: bool = False
+    """Draw every class equally often."""
+    check_images: bool = True
+    """Decode every file once before training, so that bad images are found first."""
+    max_bad_share: float = 0.01
+    """Share of bad images above which the run stops."""
+    workers: int = 0
+    """Processes that read images; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size is None or 1 <= self.image_size <= 8192,
+            "image_size",
+            "in 1..8192",
+            self.image_size,
+        )
+        _require(0 < self.crop_fraction <= 1, "crop_fraction", "in (0, 1]", self.crop_fraction)
+        _require(0 <= self.val_fraction < 1, "val_fraction", "in [0, 1)", self.val_fraction)
+        _require(0 <= self.test_fraction < 1, "test_fraction", "in [0, 1)", self.test_fraction)
+        _require(self.val_fraction + self.test_fraction < 1, "val_fraction + test_fraction", "below 1", None)
+        _require(0 <= self.max_bad_share <= 1, "max_bad_share", "in [0, 1]", self.max_bad_share)
+        _require(0 <= self.workers <= 256, "workers", "in 0..256", self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides how a network is trained; the same recipe and data give the same weights."""
+
+    name: Suppress[str] = "small"
+    model: Suppress[str] = "xception_small"
+    """The network, unless another is named."""
+    epochs: int = 10
+    """Passes over the training images (the head's own included)."""
+    batch_size: int = 128
+    """Images that go through the network at once."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before each update."""
+    seed: int = 0
+    """Decides the split, the order, the augmentation, the initial weights and dropout."""
+    dropout: float | None = None
+    """Before the classifier; by default the model's own."""
+    polyak_decay: float = 0.999
+    """Decay of the running average of the weights that is evaluated and kept; 0 keeps the weights themselves."""
+    head_epochs: int = 0
+    """Epochs at the start in which only the new head learns; all of them, where there are no more."""
+    norm_statistics: Literal["update", "frozen"] = "update"
+    """Whether batch norm statistics of the trunk are updated or kept as they came with the weights."""
+    norm_momentum: float = 0.1
+    """Share of each batch in the running statistics of batch norm (1 - TensorFlow's momentum)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; weights and sums stay fp32."""
+    channels_last: bool = True
+    """N H W C in memory, which CPUs like."""
+    compile: bool = False
+    """Use torch.compile."""
+    checkpoint_minutes: float = 10.0
+    """Time between checkpoints inside an epoch; one is always written at its end."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+    augment: Augment = field(default_factory=Augment)
+    stated: Suppress[tuple[str, ...]] = ()
+    """The fields whose values the paper gives."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.epochs <= 100_000, "epochs", "in 1..100000", self.epochs)
+        _require(1 <= self.batch_size <= 65_536, "batch_size", "in 1..65536", self.batch_size)
+        _require(0 < self.norm_momentum <= 1, "norm_momentum", "in (0, 1]", self.norm_momentum)
+        _require(1 <= self.accumulate <= 65_536, "accumulate", "in 1..65536", self.accumulate)
+        _require(0 <= self.seed < 2**63, "seed", "in 0..2^63-1", self.seed)
+        _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        _require(0 <= self.polyak_decay < 1, "polyak_decay", "in [0, 1)", self.polyak_decay)
+        _require(0 <= self.head_epochs <= 100_000, "head_epochs", "in 0..100000", self.head_epochs)
+        _require(
+            _finite(self.checkpoint_minutes) and self.checkpoint_minutes > 0,
+            "checkpoint_minutes",
+            "above 0",
+            self.checkpoint_minutes,
+        )
+
+
+PARTS = ("optimizer", "schedule", "loss", "input", "augment")
+# Fields that change nothing in the result: a run may be resumed with other values of these.
+FREE_FIELDS = frozenset({"workers", "checkpoint_minutes"})
+
+_STATED_IMAGENET = (
+    "optimizer", "learning_rate", "momentum", "nesterov", "schedule", "decay_factor", "decay_epochs",
+    "weight_decay", "dropout", "loss",
+)  # fmt: skip
+
+_PHOTOGRAPHS = InputConfig(crop_fraction=299 / 333, interpolation="bicubic", workers=2)
+
+NAMED: dict[str, Recipe] = {
+    # Section 4.3: SGD, momentum 0.9, 0.045, x0.94 every 2 epochs; section 4.4: weight decay 1e-5, dropout 0.5,
+    # no auxiliary tower; section 4.2: Polyak averaging at inference (its decay is not stated).
+    "imagenet": Recipe(
+        name="imagenet",
+        model="xception",
+        epochs=120,
+        batch_size=32,
+        dropout=0.5,
+        polyak_decay=0.9999,
+        optimizer=OptimizerConfig(optimizer="sgd", learning_rate=0.045, momentum=0.9, weight_decay=1e-5),
+        schedule=ScheduleConfig(schedule="exponential", decay_factor=0.94, decay_epochs=2.0),
+        loss=LossConfig(loss="softmax"),
+        input=_PHOTOGRAPHS,
+        augment=Augment(random_resized_crop=(0.08, 1.0), horizontal_flip=0.5),
+        stated=_STATED_IMAGENET,
+    ),
+    # Section 4.3: RMSprop, momentum 0.9, 0.001, x0.9 every 3,000,000 samples; section 4.4: no dropout.
+    "jft": Recipe(
+        name="jft",
+        model="xception",
+        epochs=5,
+        batch_size=32,
+        dropout=0.0,
+        polyak_decay=0.9999,
+        optimizer=OptimizerConfig(
+            optimizer="rmsprop", learning_rate=0.001, momentum=0.9, rho=0.9, epsilon=1.0, weight_decay=1e-5
+        ),
+        schedule=ScheduleConfig(schedule="exponential", decay_factor=0.9, decay_samples=3_000_000),
+        loss=LossConfig(loss="sigmoid"),
+        input=_PHOTOGRAPHS,
+        augment=Augment(random_resized_crop=(0.08, 1.0), horizontal_flip=0.5),
+        stated=(
+            "optimizer",
+            "learning_rate",
+            "momentum",
+            "schedule",
+            "decay_factor",
+            "decay_samples",
+            "weight_decay",
+            "dropout",
+            "loss",
+        ),
+    ),
+    # A new head first, on a trunk that is left alone; then everything, the trunk ten times slower, with the
+    # batch norm statistics that the trunk was trained with: small data would only blur them.
+    "finetune": Recipe(
+        name="finetune",
+        model="xception",
+        epochs=12,
+        batch_size=32,
+        dropout=0.3,
+        polyak_decay=0.99,
+        head_epochs=3,
+        norm_statistics="frozen",
+        optimizer=OptimizerConfig(
+            optimizer="adamw",
+            learning_rate=1e-3,
+            momentum=0.9,
+            rho=0.999,
+            epsilon=1e-8,
+            weight_decay=0.01,
+            clip_norm=1.0,
+            trunk_factor=0.1,
+        ),
+        schedule=ScheduleConfig(schedule="cosine", warmup_epochs=0.5),
+        loss=LossConfig(label_smoothing=0.1),
+        input=_PHOTOGRAPHS,
+        augment=Augment(random_resized_crop=(0.35, 1.0), horizontal_flip=0.5),
+    ),
+    # Images of 28 to 64 pixels from scratch, on a CPU, in minutes.
+    "small": Recipe(
+        name="small",
+        model="xception_small",
+        epochs=14,
+        batch_size=128,
+        dropout=0.2,
+        polyak_decay=0.998,
+        optimizer=OptimizerConfig(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=5e-4),
+        schedule=ScheduleConfig(schedule="cosine", warmup_epochs=1.0),
+        loss=LossConfig(label_smoothing=0.1),
+        augment=Augment(translate_pixels=2, horizontal_flip=0.5),
+    ),
+}
+
+# Section 4.4: the weight decay that the paper found for Inception V3, whichever the data.
+_INCEPTION_WEIGHT_DECAY = 4e-5
+
+
+def named_recipe(name: str, *, model: str | None = None) -> Recipe:
+    """The recipe called `name`, for `model` (default: the recipe's own).
+
+    The paper's two recipes give Inception networks a weight decay of 4e-5 and all others 1e-5 (section 4.4).
+    """
+    if name not in NAMED:
+        near = difflib.get_close_matches(name, NAMED, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"unknown recipe {name!r}{hint}; expected one of {', '.join(NAMED)}")
+    recipe = NAMED[name]
+    if model is None:
+        return recipe
+    if name in ("imagenet", "jft") and model.startswith("inception"):
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, weight_decay=_INCEPTION_WEIGHT_DECAY))
+    return replace(recipe, model=model)
+
+
+def recipe_fields() -> dict[str, str]:
+    """Every field that can be set, by its flat name -> the part that holds it ('' for the recipe itself).
+
+    Flat names are unique, so that ``learning_rate=...`` needs no prefix; `optimizer`, `schedule` and `loss` name
+    the choice inside the part of the same name.
+    """
+    flat: dict[str, str] = {}
+    for f in fields(Recipe):
+        if f.name not in PARTS and f.name not in ("name", "stated"):
+            flat[f.name] = ""
+    for part in PARTS:
+        part_type = type(getattr(NAMED["small"], part))
+        for f in fields(part_type):
+            assert f.name not in flat, f"two recipe fields are called {f.name}"
+            flat[f.name] = part
+    return flat
+
+
+def override(recipe: Recipe, **values: Any) -> Recipe:
+    """`recipe` with some fields, by their flat names, set to other values; `ConfigError` for unknown ones."""
+    home = recipe_fields()
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in home:
+            near = difflib.get_close_matches(name, home, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"unknown recipe field {name!r}{hint}; expected one of {', '.join(sorted(home))}")
+        changes.setdefault(home[name], {})[name] = value
+    for part in PARTS:
+        if part in changes:
+            changed = _checked_replace(getattr(recipe, part), changes.pop(part))
+            changes.setdefault("", {})[part] = changed
+    return _checked_replace(recipe, changes.get("", {})) if changes else recipe
+
+
+def _checked_replace(config: Any, changes: dict[str, Any]) -> Any:
+    """`dataclasses.replace` after holding each value against the field's annotation."""
+    hints = typing.get_type_hints(type(config))
+    fitted = {name: _fit(name, value, hints[name]) for name, value in changes.items()}
+    return replace(config, **fitted)
+
+
+def _fit(name: str, value: Any, expected: Any) -> Any:
+    """`value` as the annotation `expected` has it (an int serves as a float, a list as a tuple), else `ConfigError`."""
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, args))}; got {value!r}")
+    if args and type(None) in args:
+        if value is None:
+            return None
+        return _fit(name, value, next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        if isinstance(value, (list, tuple)) and (args[-1] is Ellipsis or len(value) == len(args)):
+            kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+            return tuple(_fit(name, v, k) for v, k in zip(value, kinds, strict=True))
+    elif dataclasses.is_dataclass(expected):
+        if isinstance(value, typing.cast(type, expected)):
+            return value
+    elif expected is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is expected:
+        return value
+    raise ConfigError(f"{name} must be {getattr(expected, '__name__', expected)}; got {value!r}")
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """JSON-safe nested dictionary of all fields."""
+    as_dict = dataclasses.asdict(recipe)
+    as_dict["stated"] = list(recipe.stated)
+    if recipe.augment.random_resized_crop is not None:
+        as_dict["augment"]["random_resized_crop"] = list(recipe.augment.random_resized_crop)
+    return as_dict
+
+
+def flat_values(recipe: Recipe) -> dict[str, Any]:
+    """Every settable field by its flat name."""
+    return {name: getattr(getattr(recipe, part) if part else recipe, name) for name, part in recipe_fields().items()}

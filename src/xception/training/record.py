@@ -1,0 +1,138 @@
+"""What a run folder holds: recipe.json and split.json at the start, bundles and report.html at the end."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from xception.evaluation.metrics import Evaluation
+from xception.evaluation.report import write_report
+from xception.models import registry
+from xception.training.checkpoint import Progress
+from xception.training.prepare import Plan
+from xception.training.recipe import FREE_FIELDS, flat_values, recipe_to_dict
+from xception.weights.bundle import BUNDLE_NAME, BundleInfo, save_bundle
+from xception.weights.files import atomic_write
+
+
+def describe_run(plan: Plan) -> dict[str, Any]:
+    """Everything that must be the same for a run to be resumed, as JSON has it."""
+    settings = {k: v for k, v in flat_values(plan.recipe).items() if k not in FREE_FIELDS and k != "model"}
+    run = {
+        **settings,
+        "model": plan.model,
+        "config": registry.config_to_dict(plan.config),
+        "preprocess": plan.preprocess.to_dict(),
+        "data fingerprint": plan.opened,
+        "weights": plan.weights,
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(run))
+    return as_json
+
+
+def provenance(plan: Plan, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a bundle's weights come from: data and split, recipe, figures, versions."""
+    return {
+        "data": {
+            "spec": plan.source.spec,
+            "fingerprint": plan.opened,
+            "bad": {image.key: image.reason for image in plan.bad},
+            "seed": plan.recipe.seed,
+            "val_fraction": plan.recipe.input.val_fraction,
+            "test_fraction": plan.recipe.input.test_fraction,
+            "counts": {part: sum(c.values()) for part, c in plan.source.counts().items()},
+        },
+        "recipe": recipe_to_dict(plan.recipe),
+        "weights": plan.weights,
+        "figures": dict(figures),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def write_run_files(plan: Plan, out: Path, described: Mapping[str, Any]) -> None:
+    """recipe.json (every setting, resolved) and split.json (which image is in which part, and the bad ones)."""
+    source = plan.source
+    split = {
+        "data": source.spec,
+        "fingerprint": plan.opened,
+        "class_names": list(source.class_names),
+        "counts": source.counts(),
+        "origin": dict(source.split_origin),
+        "bad": {image.key: image.reason for image in plan.bad},
+        "parts": {part: list(split.keys) for part, split in source.splits.items()},
+    }
+    _write_json(out / "split.json", split)
+    _write_json(out / "recipe.json", {"recipe": recipe_to_dict(plan.recipe), "run": dict(described)})
+
+
+def known_bad(out: Path, fingerprint: str) -> dict[str, str] | None:
+    """The bad images that an earlier start of the run in `out` found, unless its data was other data."""
+    try:
+        split = json.loads((out / "split.json").read_text(encoding="utf-8"))
+        if split["fingerprint"] == fingerprint:
+            return dict(split["bad"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no earlier start, or one that was killed while it wrote: the images are checked again
+    return None
+
+
+def write_bundle(plan: Plan, model: nn.Module, path: Path, figures: Mapping[str, Any]) -> Path:
+    """The weights with all that is needed to use them, in one file."""
+    info = BundleInfo(
+        model=plan.model,
+        config=registry.config_to_dict(plan.config),
+        class_names=plan.class_names,
+        multi_label=plan.multi_label,
+        preprocess=plan.preprocess,
+        provenance=provenance(plan, figures),
+    )
+    save_bundle(path, model, info)
+    return path
+
+
+def write_outputs(
+    plan: Plan,
+    out: Path,
+    model: nn.Module,
+    history: Sequence[Mapping[str, Any]],
+    progress: Progress,
+    *,
+    val: Evaluation | None,
+    test: Evaluation | None,
+) -> Path:
+    """model.safetensors and report.html of a run that has ended."""
+    figures: dict[str, Any] = dict(history[-1]) if history else {}
+    if test is not None:
+        figures |= {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
+    bundle = write_bundle(plan, model, out / BUNDLE_NAME, figures)
+    notes = [f"Weights of the last epoch; best.safetensors holds those of epoch {progress.best_epoch}."]
+    if progress.bad:
+        notes.append(f"{len(progress.bad)} images could not be read and were left out.")
+    if progress.skipped:
+        notes.append(f"{progress.skipped} steps were skipped because loss or gradient was not finite.")
+    part = "test" if test is not None else "validation"
+    write_report(
+        out / "report.html",
+        title=f"{plan.model} on {plan.source.spec}: {part} part",
+        evaluation=test if test is not None else val,
+        history=history,
+        class_names=plan.class_names,
+        provenance=provenance(plan, figures),
+        notes=notes,
+    )
+    return bundle
+
+
+def _write_json(path: Path, value: object) -> None:
+    data = json.dumps(value, indent=1).encode("ascii")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(data)
+
+    atomic_write(path, write)

@@ -1,0 +1,134 @@
+"""One training step, as a function of its arguments: no clock, no globals, no random state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from xception.data.loader import Batch
+from xception.training.losses import classification_loss
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What stays the same from step to step."""
+
+    multi_label: bool
+    label_smoothing: float
+    class_weights: Tensor | None
+    auxiliary_weight: float
+    clip_norm: float
+    precision: str
+    device: torch.device
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` is the sum over `count` images; `applied` is False where the update was left out as non-finite.
+
+    `correct` counts images whose most likely class is (one of) their label(s).
+    """
+
+    loss: float
+    correct: int
+    count: int
+    gradient_norm: float
+    applied: bool
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The arithmetic of forward passes; weights, sums and the loss stay fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=_DTYPES[precision])
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[Batch],
+    *,
+    seed: int,
+    config: StepConfig,
+) -> StepResult:
+    """One update from the mean gradient over all images of `batches`.
+
+    `seed` decides dropout, so that a step can be repeated. Where the loss or the gradient is not finite, weights,
+    optimiser and batch norm statistics are left exactly as they were, and `applied` is False.
+    """
+    count = sum(len(b.images) for b in batches)
+    if count == 0:
+        return StepResult(0.0, 0, 0, 0.0, True)
+    torch.manual_seed(seed)
+    statistics = [(b, b.clone()) for b in model.buffers()]
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum, correct = 0.0, 0
+    for batch in batches:
+        if len(batch.images) == 0:
+            continue
+        loss, batch_correct = _forward(model, batch, config)
+        loss_sum += float(loss.detach())
+        correct += batch_correct
+        scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    finite = all(map(_is_finite, (loss_sum, norm)))
+    if finite:
+        if config.clip_norm and norm > config.clip_norm:
+            torch._foreach_mul_(gradients, config.clip_norm / norm)
+        scaler.step(optimizer)
+    else:
+        with torch.no_grad():
+            for buffer, before in statistics:
+                buffer.copy_(before)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return StepResult(loss_sum, correct, count, norm, finite)
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _forward(model: nn.Module, batch: Batch, config: StepConfig) -> tuple[Tensor, int]:
+    images = batch.images.to(config.device, non_blocking=True)
+    targets = batch.targets.to(config.device, non_blocking=True)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    auxiliary: list[Tensor] = []
+    with autocast(config.precision, config.device):
+        if config.auxiliary_weight and _has_towers(model):
+            logits, auxiliary = model.forward_with_auxiliary(images)  # type: ignore[operator]
+        else:
+            logits = model(images)
+
+    def loss_of(out: Tensor) -> Tensor:
+        return classification_loss(
+            out,
+            targets,
+            multi_label=config.multi_label,
+            label_smoothing=config.label_smoothing,
+            class_weights=config.class_weights,
+        )
+
+    loss = loss_of(logits)
+    for out in auxiliary:
+        loss = loss + config.auxiliary_weight * loss_of(out)
+    best = logits.detach().argmax(dim=1)
+    labels = targets if targets.dim() == 1 else None
+    hits = best == labels if labels is not None else targets.gather(1, best[:, None])[:, 0] >= 0.5
+    return loss, int(hits.sum())
+
+
+def _has_towers(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "auxiliary", False))

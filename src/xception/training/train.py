@@ -1,0 +1,78 @@
+"""One call from data to a trained network: the Python side of ``xception train``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xception.training.loop import TrainResult, run_training
+from xception.training.prepare import Plan, prepare
+from xception.training.progress import Reporter
+from xception.training.recipe import Recipe, named_recipe, override
+from xception.training.record import known_bad
+
+
+def train(
+    data: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    recipe: str | Recipe = "small",
+    weights: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    model_options: Mapping[str, Any] | None = None,
+    data_root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    device: str | None = None,
+    tensorboard: bool = False,
+    quiet: bool = False,
+    **fields: Any,
+) -> TrainResult:
+    """Train on `data` (a folder, a CSV, or a data set's name) and leave a run folder.
+
+    `recipe` is a name or a `Recipe`; any of its fields can be set by its flat name, as in
+    ``train("photos", recipe="finetune", weights="trunk.safetensors", epochs=20, learning_rate=3e-4)``.
+    `model_options` are fields of the model's config. Raises an `XceptionError` with one line for wrong input.
+    """
+    base = named_recipe(recipe, model=model) if isinstance(recipe, str) else recipe
+    base = override(base, **fields)
+    with Reporter(quiet=quiet) as reporter:
+        folder = run_folder_for(data, model or base.model, out=out, resume=resume)
+        plan = prepare(
+            data,
+            base,
+            model=model,
+            weights=weights,
+            model_options=model_options,
+            data_root=data_root,
+            download=download,
+            device=device,
+            known_bad=(lambda fingerprint: known_bad(folder, fingerprint)) if resume else (lambda _: None),
+            say=reporter.say,
+        )
+        reporter.say(summary(plan, folder))
+        return run_training(plan, folder, resume=resume, tensorboard=tensorboard, reporter=reporter)
+
+
+def summary(plan: Plan, folder: Path) -> str:
+    """One line: what is trained on what, and where it goes."""
+    images = f"{len(plan.train):,} training images of {len(plan.class_names)} classes"
+    size = "x".join(map(str, plan.preprocess.size))
+    return f"{plan.model} on {plan.source.spec}: {images}, {size} pixels, {plan.recipe.epochs} epochs -> {folder}"
+
+
+def run_folder_for(
+    data: str | os.PathLike[str], model: str, *, out: str | os.PathLike[str] | None, resume: bool
+) -> Path:
+    """`out`, or ``runs/DATA-MODEL``, numbered where that is taken (and the run is not to be resumed)."""
+    if out is not None:
+        return Path(out)
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(os.fspath(data)).stem).strip("-.") or "data"
+    base = Path("runs") / f"{stem}-{model.replace('/', '-')}"
+    folder, number = base, 2
+    while not resume and folder.exists():
+        folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return folder
