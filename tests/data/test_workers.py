@@ -36,6 +36,25 @@ def die(job: int) -> int:
     os._exit(3)
 
 
+class Stubborn(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("cannot be rebuilt from one argument")
+
+
+def awkward(job: int) -> object:
+    if job == 0:
+        return lambda: None
+    if job == 1:
+        raise Stubborn(1, 2)
+    return job
+
+
+def poison_at_five(job: int) -> int:
+    if job == 5:
+        os._exit(9)
+    return job
+
+
 def state(job: int) -> tuple[object, object, bool, int]:
     blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), blocked, os.getpid()
@@ -138,8 +157,42 @@ def test_a_stopped_worker_is_noticed_within_ten_seconds() -> None:
 
 
 def test_workers_that_keep_dying_are_given_up() -> None:
-    with pool(die) as two, pytest.raises(DataError, match="workers died 4 times in a row"):
+    with pool(die) as two, pytest.raises(DataError, match="workers died 4 times on the same batch"):
         list(two.map(range(3)))
+
+
+def test_a_job_that_kills_its_worker_is_not_tried_for_ever() -> None:
+    with pool(poison_at_five) as two:
+        results = two.map(range(10))
+        assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+        with pytest.raises(DataError, match="same batch"):
+            next(results)
+        assert list(two.map(range(3))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("job", [0, 1])
+def test_what_cannot_be_sent_is_an_error_and_not_a_wait(job: int) -> None:
+    with pool(awkward) as two:
+        with pytest.raises((TypeError, AttributeError)):
+            next(two.map([job]))
+        assert list(two.map([2, 3])) == [2, 3]
+
+
+def test_errors_say_where_in_the_worker_they_come_from() -> None:
+    with pool(fail_at_five) as two:
+        with pytest.raises(ImageError) as caught:
+            next(two.map([5]))
+        assert "fail_at_five" in str(caught.value.__cause__)
+
+
+def test_a_pool_that_is_closed_in_between_says_so() -> None:
+    two = WorkerPool(square, 2)
+    results = two.map(range(10))
+    next(results)
+    two.close()
+    with pytest.raises(DataError, match="ended in the middle"):
+        list(results)
+    two.close()
 
 
 def test_signals_are_left_to_the_parent() -> None:

@@ -22,6 +22,7 @@ from xception.models.layers import (
     initialise,
 )
 from xception.models.recompute import Flow, recomputed
+from xception.models.registry import build_without_storage, get_config
 from xception.models.resolution import plan_stages
 
 
@@ -229,3 +230,28 @@ def test_first_weights_keep_the_signals_size() -> None:
     assert model[3].linear.bias.abs().max() == 0
     x = F.relu(torch.randn(16, 64, 12, 12, generator=torch.Generator().manual_seed(0)))
     assert 0.3 < model[:2](x).var().item() < 5
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+def test_the_head_pools_and_activates_as_asked(pooling: str) -> None:
+    head = Classifier(6, 3, fully_connected=(5, 4), hidden_activations=("tanh", "none"), pooling=pooling)  # type: ignore[arg-type]
+    x = torch.randn(2, 6, 3, 3)
+    pooled = x.mean(dim=(2, 3)) if pooling == "avg" else x.flatten(2).max(dim=2).values
+    expected = head.fully_connected[1](torch.tanh(head.fully_connected[0](pooled)))
+    torch.testing.assert_close(head(x, pre_logits=True), expected)
+    torch.testing.assert_close(head(x), head.linear(expected))
+
+
+@pytest.mark.parametrize("name", ["xception", "xception41", "inception_v3"])
+def test_every_network_takes_the_heads_options(name: str) -> None:
+    config = get_config(name, fully_connected=(7,), hidden_activations=["elu"], pooling="max", num_classes=4)
+    head = build_without_storage(name, config).classifier
+    assert [tuple(layer.weight.shape) for layer in head.fully_connected] == [(7, 2048)]
+    assert head.linear.weight.shape == (4, 7)
+    for wrong in (
+        {"hidden_activations": ["elu", "elu"]},
+        {"hidden_activations": ["swish"]},
+        {"pooling": "flatten"},
+    ):
+        with pytest.raises(ConfigError):
+            get_config(name, fully_connected=(7,), **wrong)

@@ -138,6 +138,8 @@ class WorkerPool(Generic[Job, Result]):
 
     def _wait_for(self, ticket: int) -> _Answer:
         while ticket not in self._answers:
+            if ticket not in self._jobs:
+                raise DataError("the data-loading workers were ended in the middle of an epoch")
             self._hand_out()
             self._listen()
         self._jobs.pop(ticket, None)
@@ -178,7 +180,8 @@ class WorkerPool(Generic[Job, Result]):
             self._attempts[held[0]] += 1
             if self._attempts[held[0]] >= _MAX_ATTEMPTS:
                 raise DataError(
-                    f"data-loading workers died {_MAX_ATTEMPTS} times on the same batch; out of memory? Try fewer workers"
+                    f"data-loading workers died {_MAX_ATTEMPTS} times on the same batch; "
+                    "if memory runs out, try fewer workers"
                 )
 
 
@@ -191,7 +194,7 @@ class _Worker:
         self.silent_polls = 0
         self._todo: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         ours, theirs = context.Pipe()
-        self.process: Any = context.Process(target=_work, args=(function, theirs), daemon=True)
+        self.process: Any = context.Process(target=_work, args=(function, theirs, ours), daemon=True)
         with _quiet_start():
             self.process.start()
         theirs.close()  # the worker's end is the worker's alone, so that its death closes it
@@ -205,20 +208,24 @@ class _Worker:
     def end(self) -> None:
         _kill(self.process.pid)  # it holds nothing that needs saving, and a stopped one would not hear a polite request
         self._todo.put(None)
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # which may be collecting garbage
+            self._thread.join()
         self.process.join()
         self.process.close()
 
     def _talk(self, connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
         with connection:
-            try:
-                while (given := self._todo.get()) is not None:
+            while (given := self._todo.get()) is not None:
+                try:
                     connection.send(given)
                     while (message := connection.recv()) == _BEAT:
                         inbox.put((self, _BEAT))
-                    inbox.put((self, message))
-            except (EOFError, OSError):
-                inbox.put((self, _GONE))
+                except (EOFError, OSError):
+                    inbox.put((self, _GONE))
+                    return
+                except Exception as error:  # something that does not survive pickling
+                    message = _Answer(given[0], None, error, "")
+                inbox.put((self, message))
 
 
 class _Remote(Exception):
@@ -257,7 +264,8 @@ def _end(workers: list[_Worker]) -> None:
 # ------------------------------------------------------------------------------------------------- inside the workers
 
 
-def _work(function: Callable[[Any], Any], connection: Connection) -> None:
+def _work(function: Callable[[Any], Any], connection: Connection, parents_end: Connection) -> None:
+    parents_end.close()  # forked with the rest; held open, the pipe would never say that the parent is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which would write checkpoints
     if hasattr(signal, "pthread_sigmask"):
@@ -274,18 +282,29 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
                 answer = _Answer(ticket, None, error, traceback.format_exc())
             busy.clear()
             with lock:
-                connection.send(answer)
+                try:
+                    connection.send(answer)
+                except (EOFError, OSError):
+                    raise
+                except Exception as error:  # a result that cannot be pickled, of which nothing was sent
+                    connection.send(_Answer(ticket, None, TypeError(str(error)), traceback.format_exc()))
     except (EOFError, OSError):
         os._exit(0)  # the parent is gone
 
 
 def _beat(connection: Connection, lock: threading.Lock, busy: threading.Event) -> None:
-    """Signs of life while there is a job."""
-    while busy.wait():
+    """Signs of life while there is a job, and an end when the parent is gone.
+
+    Closed pipes would tell as well, but workers that were forked later hold copies of the parent's ends.
+    """
+    parent = os.getppid()
+    while True:
+        time.sleep(_BEAT_SECONDS)
         with lock:
             try:
                 if busy.is_set():
                     connection.send(_BEAT)
             except OSError:
                 os._exit(0)
-        time.sleep(_BEAT_SECONDS)
+        if os.getppid() != parent:
+            os._exit(0)

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from xception.errors import ConfigError
 from xception.models.cost import stage_costs, without_storage
 from xception.models.entry import ModelEntry
-from xception.models.fields import MAX_SIDE, check_common, check_fields, check_range, unknown_name
+from xception.models.fields import (
+    MAX_CLASSES,
+    MAX_SIDE,
+    check_common,
+    check_dropout,
+    check_fields,
+    check_range,
+    unknown_name,
+)
 from xception.models.layers import check_input
 
 LIBRARIES = ("torchvision", "timm")
@@ -45,7 +53,9 @@ class BaselineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_common(self.num_classes, self.in_channels, self.dropout or 0.0, self.input_size)
+        check_range("num_classes", self.num_classes, 1, MAX_CLASSES)
+        check_dropout(self.dropout or 0.0)
+        check_common(self.in_channels, self.input_size)
         check_range("minimum_size", self.minimum_size, 1, MAX_SIDE)
         check_range("input_size", self.input_size, self.minimum_size)
         if self.fixed_size and self.input_size != self.minimum_size:

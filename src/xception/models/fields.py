@@ -129,9 +129,7 @@ def check_dropout(rate: float) -> None:
         raise ConfigError(f"dropout must be at least 0 and less than 1; got {rate}")
 
 
-def check_common(num_classes: int, in_channels: int, dropout: float, input_size: int) -> None:
-    """The ranges of what every config has."""
-    check_range("num_classes", num_classes, 1, MAX_CLASSES)
+def check_common(in_channels: int, input_size: int) -> None:
+    """The ranges of what every config has of its input."""
     check_range("in_channels", in_channels, 1, MAX_WIDTH)
     check_range("input_size", input_size, 1, MAX_SIDE)
-    check_dropout(dropout)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xception.models.fields import check_common, check_fields, check_range
-from xception.models.layers import Classifier, ConvNorm, SamePool2d, check_input, initialise
+from xception.models.head import HeadConfig
+from xception.models.layers import ConvNorm, SamePool2d, check_input, initialise
 
 
 @dataclass(frozen=True)
@@ -164,21 +165,19 @@ def stride_of(layer: Layer) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InceptionConfig:
+class InceptionConfig(HeadConfig):
     """The settings that every Inception network has.
 
-    dropout: rate before the last linear layer, while training; the papers' own values belong to the recipe.
     input_size: the side, in pixels, of the images that the network is meant for; it runs at any other.
     """
 
-    num_classes: int = 1000
     in_channels: int = 3
     input_size: int = 299
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_common(self.num_classes, self.in_channels, self.dropout, self.input_size)
+        self.check_head()
+        check_common(self.in_channels, self.input_size)
         check_range("input_size", self.input_size, self.minimum_size)
 
     @property
@@ -218,7 +217,7 @@ class InceptionNetwork(nn.Module):
                 self.auxiliary[name] = auxiliary[name](channels)
         self.feature_info = list(last_at.values())
         self.num_features = channels
-        self.classifier = Classifier(channels, config.num_classes, dropout=config.dropout)
+        self.classifier = config.classifier(channels)
         initialise(self)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from xception.errors import ConfigError
 from xception.models.entry import ModelEntry
+from xception.models.head import Classifier
 from xception.models.inception_layers import (
     Conv,
     InceptionConfig,
@@ -29,7 +30,6 @@ from xception.models.inception_layers import (
     Style,
     pool_to_grid,
 )
-from xception.models.layers import Classifier
 
 # Table 1, filters of: 1x1, reduction before the 3x3, 3x3, reduction before the 5x5, 5x5, pool's projection.
 WIDTHS = {

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from xception.models.entry import ModelEntry
 from xception.models.fields import MAX_WIDTH, check_range
+from xception.models.head import Classifier
 from xception.models.inception_layers import (
     Branches,
     Conv,
@@ -36,7 +37,6 @@ from xception.models.inception_layers import (
     Style,
     pool_to_grid,
 )
-from xception.models.layers import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,10 @@
-"""The pieces that the networks share: convolutions of the spectrum, pooling, normalisation, the classifier.
+"""The pieces that the networks share: convolutions of the spectrum, pooling, normalisation.
 
 Initial weights, of which the paper says nothing, are drawn by `initialise`.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Literal, TypedDict
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xception.errors import ConfigError
+from xception.models.head import Classifier
 from xception.ops import reference as ops
 from xception.ops.reference import Activation, Order, Padding
 
@@ -271,36 +271,6 @@ class SamePool2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"numerics={self.numerics}, dense={self.dense}, dilation={self.dilation}"
-
-
-class Classifier(nn.Module):
-    """Global average pool, fully connected layers with ReLU if any, dropout, logistic regression (section 3).
-
-    N C H W -> N `num_classes`, or N C' pooled features with ``pre_logits=True``.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        dropout: float = 0.0,
-        fully_connected: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__()
-        widths = (in_features, *fully_connected)
-        self.fully_connected = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(widths[-1], num_classes)
-
-    def forward(self, features: Tensor, *, pre_logits: bool = False) -> Tensor:
-        x = features.mean(dim=(2, 3))
-        for layer in self.fully_connected:
-            x = torch.relu(layer(x))
-        if pre_logits:
-            return x
-        logits: Tensor = self.linear(self.dropout(x))
-        return logits
 
 
 def initialise(model: nn.Module) -> None:

@@ -22,9 +22,9 @@ from xception.models.fields import (
     check_range,
     check_widths,
 )
+from xception.models.head import HeadConfig
 from xception.models.layers import (
     NORM_EPS,
-    Classifier,
     ConvNorm,
     Numerics,
     SamePool2d,
@@ -66,7 +66,7 @@ class UnitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class XceptionConfig(UnitConfig):
+class XceptionConfig(UnitConfig, HeadConfig):
     """The paper's network by default; every option is off.
 
     stem: "valid" is the paper's, unpadded with stride 2; "small" is padded with stride 1, for small images.
@@ -77,13 +77,10 @@ class XceptionConfig(UnitConfig):
     tied_middle: one module, weights and batch statistics shared, applied `middle_modules` times.
     exit_widths: output of the exit's residual module, then of the separable convolutions behind it.
     residual: whether modules have their shortcuts (Fig. 9).
-    fully_connected: widths of hidden layers before the logistic regression; (4096, 4096) for the JFT rows.
-    dropout: rate before the logistic regression, while training.
     output_stride: None is as built; else maps are reduced by no more, and convolutions dilate instead.
     gradient_checkpointing: compute activations twice instead of keeping them for the backward pass.
     """
 
-    num_classes: int = 1000
     in_channels: int = 3
     input_size: int = 299
     stem: Literal["valid", "small"] = "valid"
@@ -95,18 +92,17 @@ class XceptionConfig(UnitConfig):
     tied_middle: bool = False
     exit_widths: tuple[int, ...] = (1024, 1536, 2048)
     residual: bool = True
-    fully_connected: tuple[int, ...] = ()
-    dropout: float = 0.0
     output_stride: OutputStride | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_common(self.num_classes, self.in_channels, self.dropout, self.input_size)
+        self.check_head()
+        check_common(self.in_channels, self.input_size)
         check_range("input_size", self.input_size, self.minimum_size)
         check_range("middle_modules", self.middle_modules, 0, MAX_MODULES)
         check_range("middle_units", self.middle_units, 1, MAX_MODULES)
-        for name in ("stem_widths", "entry_widths", "exit_widths", "fully_connected"):
+        for name in ("stem_widths", "entry_widths", "exit_widths"):
             check_widths(name, getattr(self, name))
         for name in ("entry_widths", "exit_widths"):
             check_range(f"the number of {name}", len(getattr(self, name)), 1, MAX_MODULES)
@@ -295,12 +291,7 @@ class Xception(nn.Module):
         self.entry_flow = entry_flow(config)
         self.middle_flow = middle_flow(config)
         self.exit_flow = exit_flow(config)
-        self.classifier = Classifier(
-            self.num_features,
-            config.num_classes,
-            dropout=config.dropout,
-            fully_connected=config.fully_connected,
-        )
+        self.classifier = config.classifier(self.num_features)
         self.feature_info = feature_info(config)
         initialise(self)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from xception.errors import ConfigError
 from xception.models.entry import ModelEntry
 from xception.models.fields import MAX_MODULES, check_common, check_fields, check_range, check_widths
+from xception.models.head import HeadConfig
 from xception.models.layers import (
-    Classifier,
     ConvNorm,
     DepthwiseConv2d,
     SeparableConv2d,
@@ -32,7 +32,7 @@ from xception.models.resolution import OutputStride, Stage, plan_stages
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignedConfig:
+class AlignedConfig(HeadConfig):
     """Xception-41 by default.
 
     entry_widths, entry_strides: the entry flow's residual modules; the last width is the middle flow's.
@@ -41,7 +41,6 @@ class AlignedConfig:
     output_stride: None is as built (32); else maps are reduced by no more, and convolutions dilate instead.
     """
 
-    num_classes: int = 1000
     in_channels: int = 3
     input_size: int = 299
     entry_widths: tuple[int, ...] = (128, 256, 728)
@@ -50,13 +49,13 @@ class AlignedConfig:
     exit_widths: tuple[int, int, int] = (1024, 1536, 2048)
     preactivation: bool = False
     norm_eps: float = 1e-3
-    dropout: float = 0.0
     output_stride: OutputStride | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_common(self.num_classes, self.in_channels, self.dropout, self.input_size)
+        self.check_head()
+        check_common(self.in_channels, self.input_size)
         check_range("input_size", self.input_size, self.minimum_size)
         check_range("the number of entry_widths", len(self.entry_widths), 1, MAX_MODULES)
         check_widths("entry_widths", self.entry_widths)
@@ -268,7 +267,7 @@ class XceptionAligned(nn.Module):
             checkpointing=checkpointing,
         )
         taps.append(("exit_flow", third, stages[-1].reduction))
-        self.classifier = Classifier(third, config.num_classes, dropout=config.dropout)
+        self.classifier = config.classifier(third)
         self.feature_info: list[dict[str, Any]] = [
             {"module": module, "channels": width, "reduction": reduction} for module, width, reduction in taps
         ]

@@ -100,8 +100,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr, momentum=config.momentum, nesterov=config.nesterov)
     if config.optimizer == "rmsprop":
-        return RMSpropTF(parameters, lr, rho=config.rho, momentum=config.momentum, epsilon=config.epsilon)
-    return torch.optim.AdamW(parameters, lr, betas=(config.momentum, config.rho), eps=config.epsilon)
+        rho, epsilon = _given(config.rho, 0.9), _given(config.epsilon, 1.0)
+        return RMSpropTF(parameters, lr, rho=rho, momentum=config.momentum, epsilon=epsilon)
+    beta2, epsilon = _given(config.rho, 0.999), _given(config.epsilon, 1e-8)
+    return torch.optim.AdamW(parameters, lr, betas=(config.momentum, beta2), eps=epsilon)
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def head_module(model: nn.Module) -> nn.Module:

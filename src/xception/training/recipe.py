@@ -44,10 +44,10 @@ class OptimizerConfig:
     """Momentum of SGD and RMSprop, the first beta of AdamW."""
     nesterov: bool = False
     """Nesterov momentum (SGD only)."""
-    rho: float = 0.9
-    """Decay of RMSprop's mean square, the second beta of AdamW."""
-    epsilon: float = 1.0
-    """RMSprop: inside the root. AdamW: outside."""
+    rho: float | None = None
+    """Decay of RMSprop's mean square (by default 0.9), the second beta of AdamW (0.999)."""
+    epsilon: float | None = None
+    """RMSprop: inside the root (by default 1). AdamW: outside (1e-8)."""
     weight_decay: float = 1e-5
     """L2 on the weights of convolutions and linear layers."""
     decay_depthwise: bool = True
@@ -65,8 +65,9 @@ class OptimizerConfig:
             self.learning_rate,
         )
         _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        _require(0 <= self.rho < 1, "rho", "in [0, 1)", self.rho)
-        _require(_finite(self.epsilon) and self.epsilon > 0, "epsilon", "above 0", self.epsilon)
+        _require(self.rho is None or 0 <= self.rho < 1, "rho", "in [0, 1)", self.rho)
+        epsilon = self.epsilon
+        _require(epsilon is None or (_finite(epsilon) and epsilon > 0), "epsilon", "above 0", epsilon)
         _require(
             _finite(self.weight_decay) and self.weight_decay >= 0,
             "weight_decay",
@@ -306,8 +307,6 @@ NAMED: dict[str, Recipe] = {
             optimizer="adamw",
             learning_rate=1e-3,
             momentum=0.9,
-            rho=0.999,
-            epsilon=1e-8,
             weight_decay=0.01,
             clip_norm=1.0,
             trunk_factor=0.1,
