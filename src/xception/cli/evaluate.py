@@ -48,7 +48,7 @@ class Evaluate:
                 f"--batch-size must be 1 or more and --workers 0 or more; got {self.batch_size}, {self.workers}"
             )
         from xception.evaluation.evaluate import evaluate
-        from xception.evaluation.report import write_report
+        from xception.evaluation.report import mistake_examples, write_report
         from xception.training.progress import Reporter
 
         with Reporter() as reporter:
@@ -74,6 +74,8 @@ class Evaluate:
                 progress=progress,
             )
         e = result.evaluation
+        if result.note is not None:
+            sys.stderr.write(f"xception: {printable(result.note)}\n")
         for bad in e.errors:
             sys.stderr.write(f"{printable(bad.key)}: error: {printable(bad.reason)}\n")
         if self.report is not None:
@@ -81,6 +83,7 @@ class Evaluate:
                 self.report,
                 title=f"{result.info.model} on {result.source.spec}: {result.part}",
                 evaluation=e,
+                examples=mistake_examples(e, result.split),
                 history=[],
                 class_names=result.info.class_names,
                 provenance=result.info.provenance,

@@ -29,6 +29,7 @@ from xception.training.prepare import Plan
 from xception.training.progress import MetricsLog, Reporter, TensorBoard
 from xception.training.record import describe_run, write_bundle, write_outputs, write_run_files
 from xception.training.step import StepConfig, StepResult, train_step
+from xception.weights.files import remove_leftovers
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -99,6 +100,8 @@ def run_folder(out: Path, *, resume: bool) -> Iterator[None]:
             raise ConfigError(f"another process is training in {out}") from None
         if not resume and (out / "recipe.json").exists():
             raise ConfigError(f"{out} holds a run already: give --resume to go on with it, or another --out")
+        for folder in (out, out / "checkpoints"):
+            remove_leftovers(folder)  # of writers that were killed
         yield
 
 
@@ -111,7 +114,7 @@ class Run:
         recipe = plan.recipe
         self.plan, self.out, self.reporter = plan, out, reporter
         self.stop = StopRequest()
-        self.model = plan.build_model().to(plan.device)
+        self.model = plan.build_model(reporter.say).to(plan.device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         average = copy.deepcopy(self.model)

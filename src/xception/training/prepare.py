@@ -22,7 +22,7 @@ from xception.errors import ConfigError, DataError
 from xception.models import registry
 from xception.training.recipe import Recipe
 from xception.weights.bundle import BundleInfo, read_bundle_info
-from xception.weights.load import create_model
+from xception.weights.load import create_with_transfer
 
 Say = Callable[[str], None]
 
@@ -60,17 +60,20 @@ class Plan:
     def test(self) -> Split | None:
         return self.source.splits.get("test")
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, say: Say = lambda _: None) -> nn.Module:
         """The network with its initial weights: random from the recipe's seed, or a trunk from a file."""
         torch.manual_seed(self.recipe.seed)
         if self.weights is None:
             return registry.build(self.model, self.config)
-        return create_model(
+        model, transfer = create_with_transfer(
             self.model,
             weights=self.weights,
             class_names=self.class_names,
             **registry.config_to_dict(self.config),
         )
+        new = f"; new and random: {', '.join(transfer.fresh)}" if transfer.fresh else ""
+        say(f"{len(transfer.loaded)} tensors from {self.weights}{new}")
+        return model
 
     def _labelled(self, split: Split) -> Split:
         return as_label_sets(split) if self.multi_label else split

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from xception.evaluation.metrics import Evaluation
-from xception.evaluation.report import write_report
+from xception.evaluation.report import mistake_examples, write_report
 from xception.models import registry
 from xception.training.checkpoint import Progress
 from xception.training.prepare import Plan
@@ -116,11 +116,12 @@ def write_outputs(
         notes.append(f"{len(progress.bad)} images could not be read and were left out.")
     if progress.skipped:
         notes.append(f"{progress.skipped} steps were skipped because loss or gradient was not finite.")
-    part = "test" if test is not None else "validation"
+    part, evaluation, split = ("test", test, plan.test) if test is not None else ("validation", val, plan.val)
     write_report(
         out / "report.html",
         title=f"{plan.model} on {plan.source.spec}: {part} part",
-        evaluation=test if test is not None else val,
+        evaluation=evaluation,
+        examples=[] if evaluation is None or split is None else mistake_examples(evaluation, split),
         history=history,
         class_names=plan.class_names,
         provenance=provenance(plan, figures),
