@@ -320,7 +320,7 @@ NAMED: dict[str, Recipe] = {
     "small": Recipe(
         name="small",
         model="xception_small",
-        epochs=14,
+        epochs=11,
         batch_size=128,
         dropout=0.2,
         polyak_decay=0.998,
