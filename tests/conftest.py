@@ -10,7 +10,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from hypothesis import settings  # noqa: E402  # torch reads the variable when it is first imported
+from hypothesis import settings  # torch reads the variable when it is first imported
 
 settings.register_profile("xception", deadline=None)
 settings.load_profile("xception")

@@ -21,7 +21,7 @@ import xception
 from xception.errors import ConfigError, DataError, TrainingError
 from xception.training import step as step_module
 from xception.training.checkpoint import checkpoints, read_checkpoint
-from xception.training.loop import TrainResult
+from xception.training.record import TrainResult
 from xception.weights.bundle import load_bundle
 
 TINY = {"stem_widths": (4, 8), "entry_widths": (8, 12), "middle_modules": 1, "exit_widths": (16,)}

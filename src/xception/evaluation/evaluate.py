@@ -62,6 +62,7 @@ def evaluate(
         seed=trained_on.seed,
         val_fraction=trained_on.val_fraction,
         test_fraction=trained_on.test_fraction,
+        min_classes=1,
     )
     same_data = source.fingerprint == trained_on.fingerprint
     left_out = trained_on.bad if same_data else {}

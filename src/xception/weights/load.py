@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xception.errors import WeightsError
 from xception.models import registry
-from xception.ops.backend import active_backend
+from xception.ops.backend import active_backend, available_levels
 from xception.weights.bundle import BundleInfo, allowance_of, declared, find_bundle, load_bundle, open_bundle
 from xception.weights.container import Header, read_tensors
 from xception.weights.files import shown
@@ -34,6 +34,7 @@ def load_model(source: str | os.PathLike[str]) -> tuple[nn.Module, BundleInfo]:
     Raises `WeightsError` where `source` is neither; a registry name is answered with what to give instead.
     """
     active_backend()  # says so, once, where only plain PyTorch is there
+    available_levels()  # a wrong XCEPTION_MAX_ISA is a mistake here as it is anywhere
     if not os.path.lexists(find_bundle(source)):
         if os.fspath(source) in registry.list_models():
             raise WeightsError(
