@@ -45,6 +45,8 @@ class Progress:
     epoch: int = 0
     batches: int = 0
     """Batches of this epoch that are done."""
+    learning_rate: float = 0.0
+    """That of the last update."""
     loss_sum: float = 0.0
     correct: int = 0
     count: int = 0

@@ -202,7 +202,8 @@ class Run:
 
     def _step(self, group: Sequence[Batch], number: int) -> StepResult:
         progress, recipe = self.progress, self.plan.recipe
-        set_rate(self.optimizer, self.learning_rate())
+        progress.learning_rate = self.learning_rate()
+        set_rate(self.optimizer, progress.learning_rate)
         # Bad images may have left fewer than batch normalisation can learn from.
         usable = [b for b in group if len(b.images) >= self.smallest_batch]
         scale = self.scaler.get_scale()
@@ -290,7 +291,7 @@ class Run:
         record: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            "learning_rate": self.optimizer.param_groups[-1]["lr"],
+            "learning_rate": progress.learning_rate,
             "train_loss": progress.loss_sum / progress.count if progress.count else None,
             "train_top1": progress.correct / progress.count if progress.count else None,
             "val_loss": None if val is None else val.loss,

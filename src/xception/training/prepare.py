@@ -19,6 +19,7 @@ from xception.data.preprocess import Preprocess
 from xception.data.relabel import as_label_sets
 from xception.data.sources import DataSource, Split, clean_source, drop_samples, open_source
 from xception.errors import ConfigError, DataError
+from xception.evaluation.device import usable_device
 from xception.models import registry
 from xception.training.recipe import Recipe
 from xception.weights.bundle import BundleInfo, read_bundle_info
@@ -156,7 +157,7 @@ def prepare(
         bad=bad,
         multi_label=multi_label,
         weights=None if weights is None else os.fspath(weights),
-        device=_device(device),
+        device=usable_device(device),
     )
 
 
@@ -230,14 +231,3 @@ def _readable(
         on_bad=lambda image: say(f"bad image, left out: {image}"),
     )
     return cleaned, tuple(bad)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device

@@ -92,6 +92,8 @@ def run_folder_for(
 ) -> Path:
     """`out`, or ``runs/DATA-MODEL``, numbered where that is taken (and the run is not to be resumed)."""
     if out is not None:
+        if not os.fspath(out):
+            raise ConfigError("out must name a folder; got an empty text")
         return Path(out)
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(os.fspath(data)).stem).strip("-.") or "data"
     base = Path("runs") / f"{stem}-{model.replace('/', '-')}"
