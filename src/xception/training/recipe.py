@@ -321,7 +321,7 @@ NAMED: dict[str, Recipe] = {
     "small": Recipe(
         name="small",
         model="xception_small",
-        epochs=11,
+        epochs=14,
         batch_size=128,
         dropout=0.2,
         polyak_decay=0.998,
