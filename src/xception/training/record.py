@@ -63,8 +63,8 @@ def describe_run(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "config": registry.config_to_dict(plan.config),
         "preprocess": plan.preprocess.to_dict(),
-        "data fingerprint": plan.opened,
-        "fingerprint of the readable data": plan.source.fingerprint,
+        "data fingerprint": plan.opened[:16],
+        "fingerprint of the readable data": plan.source.fingerprint[:16],
         "weights": plan.weights,
     }
     as_json: dict[str, Any] = json.loads(json.dumps(run))
