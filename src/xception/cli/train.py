@@ -13,6 +13,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from xception.cli.output import human_bytes, human_seconds, json_line, table
 from xception.errors import ConfigError
+from xception.training.allocator import keep_freed_memory
 from xception.training.interrupt import StopRequest
 from xception.training.recipe import NAMED, Recipe, named_recipe, override
 
@@ -51,6 +52,7 @@ class Train:
 
     def run(self) -> int:
         with StopRequest():  # already while torch is imported
+            keep_freed_memory()
             return self._run()
 
     def _run(self) -> int:
@@ -130,6 +132,7 @@ class Demo:
 
     def run(self) -> int:
         with StopRequest():
+            keep_freed_memory()
             from xception.cli.demo import demo
 
             return demo(self.out, seed=self.seed, as_json=self.json)
