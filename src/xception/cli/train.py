@@ -124,7 +124,7 @@ class Demo:
     """The main job on the bundled digits: train, evaluate, predict, draw the report. About a minute, no network."""
 
     out: str | None = None
-    """Run folder; by default runs/demo."""
+    """Run folder; by default runs/demo-digits."""
     seed: int = 0
     """Decides the split, the order and the initial weights."""
     json: FlagCreatePairsOff[bool] = False
