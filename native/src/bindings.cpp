@@ -1,9 +1,15 @@
 // The Python face of native/: checks and conversions only; the work is in the files beside this one.
 // src/xception/_native.pyi holds the same signatures for type checkers.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <optional>
+#include <stdexcept>
 
 #include "cpu_features.hpp"
+#include "network.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -12,7 +18,7 @@ namespace {
 
 // Raised with every change of this module's interface. xception/ops/backend.py expects the same number, so
 // that an extension left over from an earlier editable install is noticed instead of misused.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 nb::dict to_dict(const xception::CpuFeatures& features) {
   nb::dict out;
@@ -20,11 +26,147 @@ nb::dict to_dict(const xception::CpuFeatures& features) {
   return out;
 }
 
+template <int Dimensions>
+using Floats = nb::ndarray<const float, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+template <int Dimensions>
+using WritableFloats = nb::ndarray<float, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+
+std::span<const float> numbers(const std::optional<Floats<1>>& array) {
+  return array ? std::span<const float>{array->data(), array->size()} : std::span<const float>{};
+}
+
+template <class Value, std::size_t Count>
+Value one_of(const std::string& word, const std::pair<const char*, Value> (&words)[Count], const char* what) {
+  for (const auto& [name, value] : words)
+    if (word == name) return value;
+  throw std::invalid_argument("unknown " + std::string(what) + " '" + word + "'");
+}
+
+xception::Type type_of(const std::string& word) {
+  using enum xception::Type;
+  constexpr std::pair<const char*, xception::Type> words[] = {{"fp32", f32}, {"bf16", bf16}, {"fp16", f16}};
+  return one_of(word, words, "type");
+}
+
+xception::Activation activation_of(const std::string& word) {
+  using enum xception::Activation;
+  constexpr std::pair<const char*, xception::Activation> words[] = {{"none", none}, {"relu", relu}, {"elu", elu}};
+  return one_of(word, words, "activation");
+}
+
+xception::Sampling sampling_of(int kernel, int stride, int dilation, const std::string& padding, int amount) {
+  using enum xception::Padding;
+  constexpr std::pair<const char*, xception::Padding> words[] = {
+      {"fixed", fixed}, {"same", same}, {"dense_same", dense_same}};
+  return {kernel, stride, dilation, one_of(padding, words, "padding"), amount};
+}
+
+int size_of(std::size_t value) {
+  if (value > 1u << 24) throw std::invalid_argument("a size of more than 16,777,216");
+  return static_cast<int>(value);
+}
+
+// `level` names kernels that this processor can run: checked here, since a wrong one would end the process.
+std::unique_ptr<xception::Network> make_network(const std::string& level, const std::string& type, int channels,
+                                                int threads) {
+  const xception::CpuFeatures features = xception::cpu_features();
+  const bool usable = level == "scalar" || (level == "avx2" && features.avx2) ||
+                      (level == "avx512" && features.avx512) || (level == "avx512_bf16" && features.avx512_bf16);
+  if (!usable) throw std::invalid_argument("this processor does not run kernels for '" + level + "'");
+  return std::make_unique<xception::Network>(level, type_of(type), channels, threads);
+}
+
+void run(xception::Network& network, const Floats<4>& images, int value, const WritableFloats<4>& output) {
+  const int height = size_of(images.shape(1)), width = size_of(images.shape(2));
+  const xception::Tensor3 shape = network.shape(value, height, width);
+  const xception::Tensor3 first = network.shape(0, height, width);
+  if (images.shape(3) != static_cast<std::size_t>(first.channels))
+    throw std::invalid_argument("expected images of " + std::to_string(first.channels) + " channels, got " +
+                                std::to_string(images.shape(3)));
+  if (output.shape(0) != images.shape(0) || output.shape(1) != static_cast<std::size_t>(shape.channels) ||
+      output.shape(2) != static_cast<std::size_t>(shape.height) ||
+      output.shape(3) != static_cast<std::size_t>(shape.width))
+    throw std::invalid_argument("the output does not have the value's shape");
+  const int count = size_of(images.shape(0));
+  const nb::gil_scoped_release release;
+  network.run(images.data(), count, height, width, value, output.data());
+}
+
+void bind_network(nb::module_& m) {
+  using xception::Network;
+  const auto given = "input"_a;
+  nb::class_<Network>(m, "Network", "A network whose layers are added one by one, run without Python in between.")
+      .def(nb::new_(&make_network), "level"_a, "type"_a, "channels"_a, "threads"_a)
+      .def(
+          "convolution",
+          [](Network& n, int input, const Floats<2>& weights, const std::optional<Floats<1>>& bias, int kernel,
+             int stride, int dilation, const std::string& padding, int amount, bool input_relu, int residual,
+             const std::string& activation) {
+            return n.convolution(input, sampling_of(kernel, stride, dilation, padding, amount),
+                                 size_of(weights.shape(0)), {weights.data(), weights.size()}, numbers(bias),
+                                 input_relu, residual, activation_of(activation));
+          },
+          given, nb::kw_only(), nb::arg("weights").noconvert(), nb::arg("bias").noconvert().none() = nb::none(),
+          "kernel"_a, "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0,
+          "input_relu"_a = false, "residual"_a = -1, "activation"_a = "none",
+          "A regular convolution; weights out x (k * k * in). Returns the number of its value.")
+      .def(
+          "separable",
+          [](Network& n, int input, const Floats<2>& filters, const std::optional<Floats<1>>& filter_bias,
+             const std::string& middle, const Floats<2>& weights, const std::optional<Floats<1>>& bias, int kernel,
+             int stride, int dilation, const std::string& padding, int amount, bool input_relu, int residual,
+             const std::string& activation) {
+            return n.separable(input, sampling_of(kernel, stride, dilation, padding, amount),
+                               {filters.data(), filters.size()}, numbers(filter_bias), activation_of(middle),
+                               size_of(weights.shape(0)), {weights.data(), weights.size()}, numbers(bias),
+                               input_relu, residual, activation_of(activation));
+          },
+          given, nb::kw_only(), nb::arg("filters").noconvert(),
+          nb::arg("filter_bias").noconvert().none() = nb::none(), "middle"_a = "none",
+          nb::arg("weights").noconvert(), nb::arg("bias").noconvert().none() = nb::none(), "kernel"_a,
+          "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0, "input_relu"_a = false,
+          "residual"_a = -1, "activation"_a = "none",
+          "A separable convolution; filters (k * k) x in, weights out x in. Returns the number of its value.")
+      .def(
+          "pool",
+          [](Network& n, int input, int kernel, int stride, int dilation, const std::string& padding, int amount,
+             int residual) {
+            return n.pool(input, sampling_of(kernel, stride, dilation, padding, amount), residual);
+          },
+          given, nb::kw_only(), "kernel"_a, "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0,
+          "residual"_a = -1, "A max-pool, to which `residual` is added. Returns the number of its value.")
+      .def("reduce", &Network::reduce, given, nb::kw_only(), "maximum"_a = false,
+           "The mean, or the maximum, over each image's pixels. Returns the number of its value.")
+      .def(
+          "linear",
+          [](Network& n, int input, const Floats<2>& weights, const std::optional<Floats<1>>& bias,
+             const std::string& activation) {
+            return n.linear(input, size_of(weights.shape(0)), {weights.data(), weights.size()}, numbers(bias),
+                            activation_of(activation));
+          },
+          given, nb::kw_only(), nb::arg("weights").noconvert(), nb::arg("bias").noconvert().none() = nb::none(),
+          "activation"_a = "none", "A linear layer after `reduce`; weights out x in. Returns the number of its value.")
+      .def(
+          "shape",
+          [](const Network& n, int value, int height, int width) {
+            const xception::Tensor3 s = n.shape(value, height, width);
+            return std::tuple{s.channels, s.height, s.width};
+          },
+          "value"_a, "height"_a, "width"_a, "Channels, height and width of a value for images of this size.")
+      .def("run", &run, nb::arg("images").noconvert(), "value"_a, nb::arg("output").noconvert(),
+           "Images N H W C, float32 and contiguous, to `output` N C H W of the value.")
+      .def_prop_ro("threads", &Network::threads)
+      .def_prop_ro("level", &Network::level)
+      .def_prop_ro("weight_bytes", &Network::weight_bytes)
+      .def_prop_ro("arena_bytes", &Network::arena_bytes);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.doc() = "The compiled part of xception.";
   m.attr("INTERFACE") = kInterface;
+  bind_network(m);
   m.def("cpu_name", &xception::cpu_name, "The processor's own name; empty where it does not tell.");
   m.def(
       "cpu_features", [] { return to_dict(xception::cpu_features()); },

@@ -1,0 +1,124 @@
+// What a kernel is asked to do, and the table of kernels that each instruction set fills in.
+//
+// Activations are channel-blocked: [C / L][pixels][L], where L elements are 64 bytes: 16 floats, or 32 of a 16-bit
+// type. So a pixel of a block is one cache line, one AVX-512 register, one row of an AMX tile. Channels are padded
+// with zeros to a multiple of 32. Rows are counted over all images of a group: row r is row r % H of image r / H.
+//
+// Every layer is one matrix product: a *producer* (depthwise convolution, patches, the image itself) writes the matrix
+// A, [K / L][pixels][L], for a strip of output rows into scratch memory that stays in the cache, and `multiply` takes
+// it from there. A 1x1 convolution of stride 1 needs no producer: its input is such a matrix.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace xception {
+
+enum class Type : std::uint8_t { f32, bf16, f16 };
+enum class Activation : std::uint8_t { none, relu, elu };
+
+inline constexpr int kGroup = 16;       // channels that are handled at a time: a vector of 16 floats
+inline constexpr int kPanel = 32;       // output channels that `multiply` finishes at a time
+inline constexpr int kLineBytes = 64;   // a pixel of a channel block
+
+// Where a k x k window finds its pixels.
+struct Window {
+  int in_height = 0, in_width = 0, out_height = 0, out_width = 0;
+  int kernel = 1, stride = 1, dilation = 1;
+  int pad_top = 0, pad_left = 0;
+};
+
+struct ProducerArgs {
+  Window window;
+  const std::byte* input = nullptr;  // for `image`: float [images][in_height][in_width][channels]
+  std::int64_t input_block = 0;      // bytes from a channel block to the next
+  int channels = 0;                  // `image`: any number; else the number of groups times 16
+  bool input_relu = false;
+  const float* weights = nullptr;  // depthwise: [groups][kernel * kernel][16]
+  const float* bias = nullptr;     // depthwise: [groups * 16], or null
+  Activation activation = Activation::none;
+  const std::byte* zeros = nullptr;  // `in_width` lines of zeros: a row outside of the map
+  int first_row = 0, rows = 0;       // output rows
+  std::byte* matrix = nullptr;
+  std::int64_t matrix_block = 0;
+};
+
+struct PoolArgs {
+  Window window;  // a window's pixels outside of the map never win
+  const std::byte* input = nullptr;
+  std::int64_t input_block = 0;
+  const std::byte* residual = nullptr;  // of the output's shape, or null
+  std::int64_t residual_block = 0;
+  std::byte* output = nullptr;
+  std::int64_t output_block = 0;
+  int groups = 0;
+  int first_row = 0, rows = 0;
+};
+
+struct MultiplyArgs {
+  const std::byte* matrix = nullptr;
+  std::int64_t matrix_block = 0;
+  int pixels = 0;
+  int depth = 0;                        // K, without padding
+  const std::byte* weights = nullptr;   // as `pack` lays them out
+  std::int64_t panel_bytes = 0;
+  const float* bias = nullptr;          // [panels * 32]
+  const std::byte* residual = nullptr;  // at the output's first pixel, or null
+  std::int64_t residual_block = 0;
+  std::byte* output = nullptr;
+  std::int64_t output_block = 0;
+  Activation activation = Activation::none;
+  int first_panel = 0, panels = 0;
+  std::byte* workspace = nullptr;  // kWorkspace bytes of this thread
+};
+
+inline constexpr std::size_t kWorkspace = 8192;
+
+// The mean over each image's pixels, or the maximum: [C / L][images * pixels][L] -> float [C / 16][images][16].
+struct ReduceArgs {
+  const std::byte* input = nullptr;
+  std::int64_t input_block = 0;
+  int pixels = 0;  // of one image
+  int images = 0;
+  bool maximum = false;
+  float* output = nullptr;
+  int first_group = 0, groups = 0;
+};
+
+// The kernels of one instruction set for one type of activations. `matrix_type` is what producers write and `multiply`
+// reads: the activations' own type where the processor multiplies it, else f32.
+struct Kernels {
+  Type type = Type::f32;
+  Type matrix_type = Type::f32;
+  void (*depthwise)(const ProducerArgs&) = nullptr;
+  void (*patches)(const ProducerArgs&) = nullptr;
+  void (*image)(const ProducerArgs&) = nullptr;
+  void (*pool)(const PoolArgs&) = nullptr;
+  void (*reduce)(const ReduceArgs&) = nullptr;
+  void (*multiply)(const MultiplyArgs&) = nullptr;
+  void (*multiply_f32)(const MultiplyArgs&) = nullptr;  // everything float: the classifier
+  void (*begin_thread)() = nullptr;                     // called by each thread before the others
+  void (*end_thread)() = nullptr;
+};
+
+// One function a file that is compiled for an instruction set. Null where it has none for the type.
+namespace scalar {
+const Kernels* kernels(Type type);
+}
+#if defined(XCEPTION_HAS_X86_KERNELS)
+namespace avx2 {
+const Kernels* kernels(Type type);
+}
+namespace avx512 {
+const Kernels* kernels(Type type);
+}
+namespace avx512_bf16 {
+const Kernels* kernels(Type type);
+}
+#endif
+
+// Bytes of a line that hold one element.
+constexpr int bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
+constexpr int lane_count(Type type) { return kLineBytes / bytes_of(type); }
+
+}  // namespace xception

@@ -1,0 +1,78 @@
+// The matrix product for vectors of 16 floats, with everything that follows it: bias, residual, activation, rounding.
+// Included like producers.hpp, after it.
+//
+// kRows pixels times kColumns * 16 output channels are summed in registers over all of K. A step of K is four bytes of
+// each pixel's line: one float, or a pair of bf16 where the processor multiplies pairs (`Dot`).
+
+struct DotFloat {
+  using Element = float;  // of the matrix and the packed weights
+  static constexpr int kPerStep = 1;
+  static V step(const std::byte* pixel, V weights, V sum) {
+    return fma(set1(*reinterpret_cast<const float*>(pixel)), weights, sum);
+  }
+  static V weights(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }
+};
+
+template <class Dot, class S, int Rows, int Columns>
+inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* weights, int channel) {
+  V sums[Rows][Columns];
+  for (int c = 0; c < Columns; ++c) {
+    const V bias = load(a.bias + channel + c * kGroup);
+    for (int r = 0; r < Rows; ++r) sums[r][c] = bias;
+  }
+  constexpr int steps_per_line = kLineBytes / 4;
+  const int steps = (a.depth + Dot::kPerStep - 1) / Dot::kPerStep;
+  const std::byte* matrix = a.matrix + static_cast<std::int64_t>(pixel) * kLineBytes;
+  auto step = [&](const std::byte* at) {
+    V w[Columns];
+    for (int c = 0; c < Columns; ++c) w[c] = Dot::weights(weights + c * kLineBytes);
+    for (int r = 0; r < Rows; ++r)
+      for (int c = 0; c < Columns; ++c) sums[r][c] = Dot::step(at + r * kLineBytes, w[c], sums[r][c]);
+    weights += 2 * kLineBytes;  // a panel is two vectors wide
+  };
+  int done = 0;
+  for (; done + steps_per_line <= steps; done += steps_per_line) {
+    for (int s = 0; s < steps_per_line; ++s) step(matrix + s * 4);
+    matrix += a.matrix_block;
+  }
+  for (int s = 0; done + s < steps; ++s) step(matrix + s * 4);
+
+  for (int c = 0; c < Columns; ++c) {
+    const int group = channel / kGroup + c;
+    std::byte* output = a.output + group_offset<S>(group, a.output_block);
+    const std::byte* residual = a.residual ? a.residual + group_offset<S>(group, a.residual_block) : nullptr;
+    for (int r = 0; r < Rows; ++r) {
+      V v = sums[r][c];
+      if (residual) v = add(v, load(line<S>(residual, pixel + r)));
+      store(line<S>(output, pixel + r), activate(v, a.activation));
+    }
+  }
+}
+
+template <class Dot, class S, int Rows>
+inline void multiply_rows(const MultiplyArgs& a, int rows, int pixel, const std::byte* weights, int channel) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      multiply_tile<Dot, S, Rows, kColumns>(a, pixel, weights, channel);
+    else
+      multiply_rows<Dot, S, Rows - 1>(a, rows, pixel, weights, channel);
+  }
+}
+
+template <class Dot, class S>
+void multiply(const MultiplyArgs& a) {
+  // Tiles of nearly equal height: 76 pixels are 6 of 12 or 13, not 5 of 14 and one of 6.
+  const int tiles = (a.pixels + kRows - 1) / kRows;
+  for (int p = a.first_panel; p < a.first_panel + a.panels; ++p) {
+    const std::byte* panel = a.weights + p * a.panel_bytes;
+    for (int half = 0; half < 2; half += kColumns) {
+      const std::byte* weights = panel + half * kLineBytes;
+      const int channel = p * kPanel + half * kGroup;
+      for (int t = 0; t < tiles; ++t) {
+        const int begin = static_cast<int>(static_cast<std::int64_t>(a.pixels) * t / tiles);
+        const int end = static_cast<int>(static_cast<std::int64_t>(a.pixels) * (t + 1) / tiles);
+        multiply_rows<Dot, S, kRows>(a, end - begin, begin, weights, channel);
+      }
+    }
+  }
+}

@@ -1,0 +1,222 @@
+// Building a network: layers, packed weights.
+#include "network.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "halves.hpp"
+
+namespace xception {
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+int rounded_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
+
+// Floats, padded with zeros.
+Buffer padded(std::span<const float> values, int count) {
+  Buffer out(sizeof(float) * static_cast<std::size_t>(count));
+  auto* p = reinterpret_cast<float*>(out.data());
+  std::fill_n(p, count, 0.0f);
+  std::copy(values.begin(), values.end(), p);
+  return out;
+}
+
+}  // namespace
+
+Buffer::Buffer(std::size_t bytes) : size_(bytes) {
+  // Whole large pages, where it is worth it.
+  const std::size_t rounded = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes + kLineBytes;
+  data_.reset(static_cast<std::byte*>(::operator new(rounded, std::align_val_t{kLineBytes})));
+}
+
+void Buffer::Free::operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kLineBytes}); }
+
+const Kernels& kernels_for(const std::string& level, Type type) {
+#if defined(XCEPTION_HAS_X86_KERNELS)
+  const Kernels* found = nullptr;
+  if (level == "avx512_bf16") found = avx512_bf16::kernels(type);
+  if (found == nullptr && (level == "avx512" || level == "avx512_bf16")) found = avx512::kernels(type);
+  if (level == "avx2") found = avx2::kernels(type);
+  if (found != nullptr) return *found;
+#endif
+  if (level == "scalar") return *scalar::kernels(type);
+  refuse("unknown instruction set '" + level + "'");
+}
+
+Network::Network(const std::string& level, Type type, int channels, int threads)
+    : level_(level), kernels_(&kernels_for(level, type)), type_(type), team_(threads) {
+  if (channels < 1 || channels > 64) refuse("expected images of 1 to 64 channels");
+  if (threads < 1 || threads > 1024) refuse("expected 1 to 1024 threads");
+  channels_ = {channels};
+  reduced_ = {false};
+  workers_.resize(static_cast<std::size_t>(threads));
+}
+
+int Network::channels_of(int value) const {
+  if (value < 0 || value >= static_cast<int>(channels_.size())) refuse("unknown input value");
+  return channels_[static_cast<std::size_t>(value)];
+}
+
+// Called when everything else was checked: what is refused leaves the network as it was.
+Layer& Network::add(Kind kind, int input, int out_channels, int residual) {
+  const int in_channels = channels_of(input);
+  if (out_channels < 1 || out_channels > 1 << 20) refuse("expected 1 to 1,048,576 output channels");
+  if (residual != -1 && (residual == 0 || channels_of(residual) != out_channels))
+    refuse("the residual value does not have the output's channels");
+  if (reduced_[static_cast<std::size_t>(input)] != (kind == Kind::linear)) refuse("linear layers, and only they, follow a reduction");
+  if (input == 0 && kind != Kind::convolution) refuse("a regular convolution has to come first");
+  Layer layer;
+  layer.kind = input == 0 ? Kind::image : kind;
+  layer.input = input;
+  layer.residual = residual;
+  layer.in_channels = in_channels;
+  layer.out_channels = out_channels;
+  layer.output = static_cast<int>(channels_.size());
+  channels_.push_back(out_channels);
+  reduced_.push_back(kind == Kind::reduce || kind == Kind::linear);
+  layouts_.clear();
+  return layers_.emplace_back(std::move(layer));
+}
+
+namespace {
+void check_sampling(const Sampling& s) {
+  if (s.kernel < 1 || s.kernel > 15) refuse("expected a kernel of 1 to 15");
+  if (s.stride < 1 || s.stride > 64 || s.dilation < 1 || s.dilation > 4096) refuse("stride or dilation out of range");
+  if (s.amount < 0 || s.amount > 1 << 16) refuse("padding out of range");
+}
+void check_size(std::span<const float> values, std::int64_t expected, bool optional, const char* what) {
+  if (optional && values.empty()) return;
+  if (static_cast<std::int64_t>(values.size()) != expected)
+    refuse(std::string("expected ") + std::to_string(expected) + " numbers as " + what + ", got " +
+           std::to_string(values.size()));
+}
+}  // namespace
+
+// Weights [out][depth] as panels of 32 output channels: for each step of four bytes of K, 32 floats, or 32 pairs.
+void Network::pack(Layer& layer, std::span<const float> weights, std::span<const float> bias) {
+  const bool reduced = layer.kind == Kind::linear;
+  const Type type = reduced ? Type::f32 : kernels_->matrix_type;
+  const int per_step = type == Type::f32 ? 1 : 2;
+  const int steps = (layer.depth + per_step - 1) / per_step;
+  const int panels = rounded_up(layer.out_channels, kPanel) / kPanel;
+  layer.panel_bytes = static_cast<std::int64_t>(steps) * 2 * kLineBytes;
+  layer.weights = Buffer(static_cast<std::size_t>(panels * layer.panel_bytes));
+  layer.bias = padded(bias, panels * kPanel);
+  const auto at = [&](int o, int k) {
+    if (o >= layer.out_channels || k >= layer.depth) return 0.0f;
+    return weights[static_cast<std::size_t>(o) * static_cast<std::size_t>(layer.depth) + static_cast<std::size_t>(k)];
+  };
+  auto* floats = reinterpret_cast<float*>(layer.weights.data());
+  auto* halves = reinterpret_cast<std::uint16_t*>(layer.weights.data());
+  for (int p = 0; p < panels; ++p)
+    for (int s = 0; s < steps; ++s)
+      for (int n = 0; n < kPanel; ++n)
+        for (int j = 0; j < per_step; ++j) {
+          const float value = at(p * kPanel + n, s * per_step + j);
+          if (type == Type::f32)
+            *floats++ = value;
+          else
+            *halves++ = type == Type::bf16 ? to_bf16(value).bits : to_f16(value).bits;
+        }
+}
+
+int Network::convolution(int input, const Sampling& sampling, int out_channels, std::span<const float> weights,
+                         std::span<const float> bias, bool input_relu, int residual, Activation activation) {
+  check_sampling(sampling);
+  const int taps = sampling.kernel * sampling.kernel, in = channels_of(input);
+  if (input == 0 && taps * in > 2000) refuse("the first convolution's window holds more than 2,000 numbers");
+  check_size(weights, static_cast<std::int64_t>(out_channels) * taps * in, false, "weights");
+  check_size(bias, out_channels, true, "bias");
+  Layer& layer = add(Kind::convolution, input, out_channels, residual);
+  layer.sampling = sampling;
+  layer.input_relu = input_relu;
+  layer.activation = activation;
+  if (layer.kind == Kind::image) {
+    layer.depth = taps * in;
+    pack(layer, weights, bias);
+    return layer.output;
+  }
+  // The producer copies whole groups of channels: so are the weights padded.
+  const int padded_in = sampling.kernel == 1 ? in : rounded_up(in, kGroup);
+  layer.depth = taps * padded_in;
+  std::vector<float> spread(static_cast<std::size_t>(out_channels) * static_cast<std::size_t>(layer.depth), 0.0f);
+  for (int row = 0; row < out_channels * taps; ++row)
+    std::copy_n(weights.data() + static_cast<std::ptrdiff_t>(row) * in, in,
+                spread.data() + static_cast<std::ptrdiff_t>(row) * padded_in);
+  pack(layer, spread, bias);
+  return layer.output;
+}
+
+int Network::separable(int input, const Sampling& sampling, std::span<const float> filters,
+                       std::span<const float> filter_bias, Activation middle, int out_channels,
+                       std::span<const float> weights, std::span<const float> bias, bool input_relu, int residual,
+                       Activation activation) {
+  check_sampling(sampling);
+  const int taps = sampling.kernel * sampling.kernel, in = channels_of(input);
+  check_size(filters, static_cast<std::int64_t>(taps) * in, false, "filters");
+  check_size(filter_bias, in, true, "the filters' bias");
+  check_size(weights, static_cast<std::int64_t>(out_channels) * in, false, "weights");
+  check_size(bias, out_channels, true, "bias");
+  Layer& layer = add(Kind::separable, input, out_channels, residual);
+  layer.sampling = sampling;
+  layer.input_relu = input_relu;
+  layer.middle = middle;
+  layer.activation = activation;
+  layer.depth = in;
+  const int groups = rounded_up(in, kGroup) / kGroup;
+  layer.filters = Buffer(sizeof(float) * static_cast<std::size_t>(groups * taps * kGroup));
+  auto* out = reinterpret_cast<float*>(layer.filters.data());
+  for (int g = 0; g < groups; ++g)
+    for (int t = 0; t < taps; ++t)
+      for (int i = 0; i < kGroup; ++i) {
+        const int channel = g * kGroup + i;
+        *out++ = channel < in ? filters[static_cast<std::size_t>(t * in + channel)] : 0.0f;
+      }
+  if (!filter_bias.empty()) layer.filter_bias = padded(filter_bias, groups * kGroup);
+  pack(layer, weights, bias);
+  return layer.output;
+}
+
+int Network::pool(int input, const Sampling& sampling, int residual) {
+  check_sampling(sampling);
+  Layer& layer = add(Kind::pool, input, channels_of(input), residual);
+  layer.sampling = sampling;
+  return layer.output;
+}
+
+int Network::reduce(int input, bool maximum) {
+  Layer& layer = add(Kind::reduce, input, channels_of(input), -1);
+  layer.maximum = maximum;
+  return layer.output;
+}
+
+int Network::linear(int input, int out_channels, std::span<const float> weights, std::span<const float> bias,
+                    Activation activation) {
+  check_size(weights, static_cast<std::int64_t>(out_channels) * channels_of(input), false, "weights");
+  check_size(bias, out_channels, true, "bias");
+  Layer& layer = add(Kind::linear, input, out_channels, -1);
+  layer.depth = layer.in_channels;
+  layer.activation = activation;
+  pack(layer, weights, bias);
+  return layer.output;
+}
+
+std::size_t Network::weight_bytes() const {
+  std::size_t total = 0;
+  for (const Layer& layer : layers_)
+    total += layer.weights.size() + layer.bias.size() + layer.filters.size() + layer.filter_bias.size();
+  return total;
+}
+
+std::size_t Network::arena_bytes() const {
+  const std::lock_guard lock(mutex_);
+  std::size_t total = 0;
+  for (const Worker& worker : workers_) total += worker.arena.size() + worker.matrix.size() + worker.zeros.size();
+  return total;
+}
+
+}  // namespace xception

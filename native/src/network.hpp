@@ -1,0 +1,145 @@
+// A whole network as a list of layers, built once from Python with normalisation already folded into the weights, and
+// run without Python in between.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "team.hpp"
+
+namespace xception {
+
+// How a window lies over an axis: `fixed` pads `amount` on both sides; `same` is TensorFlow's rule; `dense_same` is
+// that rule for a pool whose stride was replaced by dilation (models/layers.py, SamePool2d).
+enum class Padding : std::uint8_t { fixed, same, dense_same };
+
+struct Sampling {
+  int kernel = 1, stride = 1, dilation = 1;
+  Padding padding = Padding::fixed;
+  int amount = 0;
+};
+
+enum class Kind : std::uint8_t { image, convolution, separable, pool, reduce, linear };
+
+// Memory for kernels: aligned to lines, and not initialised.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(std::size_t bytes);
+  std::byte* data() const { return data_.get(); }
+  std::size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const;
+  };
+  std::unique_ptr<std::byte[], Free> data_;
+  std::size_t size_ = 0;
+};
+
+struct Layer {
+  Kind kind{};
+  int input = -1, output = -1, residual = -1;  // values; -1: none
+  Sampling sampling;
+  bool input_relu = false;
+  Activation middle = Activation::none, activation = Activation::none;
+  bool maximum = false;  // reduce
+  int in_channels = 0, out_channels = 0;
+  int depth = 0;  // K of the product
+  Buffer filters, filter_bias;  // depthwise
+  Buffer weights, bias;
+  std::int64_t panel_bytes = 0;
+};
+
+// The sizes of one value, and where it lies in the arena.
+struct Place {
+  int height = 0, width = 0, channels = 0;
+  std::int64_t block = 0;  // bytes from a channel block to the next
+  std::size_t offset = 0, bytes = 0;
+};
+
+// Everything that depends on the images' number and size.
+struct Layout {
+  int images = 0, height = 0, width = 0;
+  std::vector<Place> places;
+  std::vector<Window> windows;  // a layer
+  std::size_t arena_bytes = 0, matrix_bytes = 0, zero_lines = 0;
+};
+
+struct Tensor3 {
+  int height, width, channels;
+};
+
+class Network {
+ public:
+  // `level` is one of the instruction sets that `best_kernels` knows; `threads` work on a run.
+  Network(const std::string& level, Type type, int channels, int threads);
+
+  // Each adds a layer and returns the number of its value; value 0 is the image. Weights are [out, k, k, in] and
+  // filters [k, k, channels]; a bias may be empty. Throws std::invalid_argument, and then nothing was added.
+  int convolution(int input, const Sampling& sampling, int out_channels, std::span<const float> weights,
+                  std::span<const float> bias, bool input_relu, int residual, Activation activation);
+  int separable(int input, const Sampling& sampling, std::span<const float> filters,
+                std::span<const float> filter_bias, Activation middle, int out_channels,
+                std::span<const float> weights, std::span<const float> bias, bool input_relu, int residual,
+                Activation activation);
+  int pool(int input, const Sampling& sampling, int residual);
+  int reduce(int input, bool maximum);
+  int linear(int input, int out_channels, std::span<const float> weights, std::span<const float> bias,
+             Activation activation);
+
+  // The shape of a value for images of this size; height and width 1 after `reduce`.
+  Tensor3 shape(int value, int height, int width) const;
+
+  // `images` are float [count, height, width, channels]; `output` is [count, channels, height, width] of `value`.
+  // Safe from many threads, which wait for each other.
+  void run(const float* images, int count, int height, int width, int value, float* output);
+
+  int threads() const { return team_.size(); }
+  const std::string& level() const { return level_; }
+  std::size_t weight_bytes() const;
+  std::size_t arena_bytes() const;  // of the largest run so far
+
+ private:
+  struct Worker {
+    Buffer arena, matrix, zeros, workspace;
+    std::size_t zero_lines = 0;
+  };
+  struct Part {  // which share of each layer's rows a thread does, of how many
+    int index, count;
+  };
+
+  int channels_of(int value) const;
+  Layer& add(Kind kind, int input, int out_channels, int residual);
+  void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
+  Layout lay_out(int images, int height, int width, int value) const;
+  const Layout& layout_for(int images, int height, int width, int value);
+  void reserve(Worker& worker, const Layout& layout, bool arena);
+
+  void run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena, const float* images,
+                 Worker& worker, Part part) const;
+  void run_product(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
+                   const float* images, Worker& worker, Part part) const;
+  void fetch(const Layout& layout, int value, const std::byte* arena, float* output, Part part) const;
+
+  std::string level_;
+  const Kernels* kernels_ = nullptr;
+  Type type_;
+  std::vector<Layer> layers_;
+  std::vector<int> channels_;   // of each value
+  std::vector<bool> reduced_;   // whether a value is [channels / 16][images][16] floats
+  mutable std::mutex mutex_;
+  Team team_;
+  std::vector<Worker> workers_;
+  std::map<std::vector<int>, Layout> layouts_;
+};
+
+// The kernels of the level for this type: those of the level itself or, where it has none, of the one below.
+const Kernels& kernels_for(const std::string& level, Type type);
+
+}  // namespace xception

@@ -1,0 +1,269 @@
+// The producers and the pools, in terms of V: 16 floats. Included once by each kernels_*.cpp after its vector header,
+// inside that file's namespace; so nothing here may use the standard library's templates, which a linker may merge with
+// those that another file compiled for another processor.
+
+inline int least(int a, int b) { return a < b ? a : b; }
+inline int most(int a, int b) { return a > b ? a : b; }
+
+inline V activate(V x, Activation activation) {
+  if (activation == Activation::relu) return relu(x);
+  if (activation == Activation::elu) {
+    float v[16];
+    store(v, x);
+    for (float& e : v) e = e > 0.0f || e != e ? e : ::expm1f(e);
+    return load(static_cast<const float*>(v));
+  }
+  return x;
+}
+
+// Where the 16 channels of `group` begin in a pixel's line.
+template <class S>
+inline std::int64_t group_offset(int group, std::int64_t block) {
+  constexpr int per_line = kLineBytes / (kGroup * static_cast<int>(sizeof(S)));
+  return (group / per_line) * block + (group % per_line) * kGroup * static_cast<std::int64_t>(sizeof(S));
+}
+
+template <class S>
+inline const S* line(const std::byte* p, int pixel) {
+  return reinterpret_cast<const S*>(p + static_cast<std::int64_t>(pixel) * kLineBytes);
+}
+template <class S>
+inline S* line(std::byte* p, int pixel) {
+  return reinterpret_cast<S*>(p + static_cast<std::int64_t>(pixel) * kLineBytes);
+}
+
+// The first output column whose window begins inside the map, and the end of those whose window ends there.
+struct Interior {
+  int begin, end;
+};
+inline Interior interior(const Window& w) {
+  const int reach = (w.kernel - 1) * w.dilation;
+  const int begin = least((w.pad_left + w.stride - 1) / w.stride, w.out_width);
+  const int last = w.in_width - 1 - reach + w.pad_left;
+  const int end = last < 0 ? begin : most(begin, least(last / w.stride + 1, w.out_width));
+  return {begin, end};
+}
+
+// Which input row each row of a window's taps reads; rows outside of the map are null.
+inline void window_rows(const Window& w, const std::byte* input, int row, const std::byte** rows) {
+  const int image = row / w.out_height;
+  const int y0 = (row % w.out_height) * w.stride - w.pad_top;
+  for (int k = 0; k < w.kernel; ++k) {
+    const int y = y0 + k * w.dilation;
+    const bool inside = y >= 0 && y < w.in_height;
+    const std::int64_t pixel = (static_cast<std::int64_t>(image) * w.in_height + (inside ? y : 0)) * w.in_width;
+    rows[k] = inside ? input + pixel * kLineBytes : nullptr;
+  }
+}
+
+inline constexpr int kMaxKernel = 15;
+inline constexpr int kMaxImageDepth = 2048;  // kernel * kernel * channels of an image, padded
+
+// ------------------------------------------------------------------------------------------------- depthwise
+
+template <class S, bool Relu>
+inline V tap(const std::byte* row, int x) {
+  const V v = load(line<S>(row, x));
+  if constexpr (Relu) return relu(v);
+  return v;
+}
+
+// An output pixel whose window hangs over the map's edge, or of any kernel that has no code of its own.
+template <class S, bool Relu>
+inline V depthwise_at(const Window& w, const std::byte* const* rows, const float* weights, V sum, int x) {
+  const int x0 = x * w.stride - w.pad_left;
+  for (int ky = 0; ky < w.kernel; ++ky) {
+    if (rows[ky] == nullptr) continue;
+    for (int kx = 0; kx < w.kernel; ++kx) {
+      const int column = x0 + kx * w.dilation;
+      if (column < 0 || column >= w.in_width) continue;
+      sum = fma(tap<S, Relu>(rows[ky], column), load(weights + (ky * w.kernel + kx) * kGroup), sum);
+    }
+  }
+  return sum;
+}
+
+// `N` neighbouring output pixels of a 3x3 filter with stride 1: each input pixel is loaded once for all of them.
+template <class S, bool Relu, int N>
+inline void depthwise_3x3(const std::byte* const* rows, const V* weights, V bias, int x, V* sums) {
+  for (int i = 0; i < N; ++i) sums[i] = bias;
+  for (int ky = 0; ky < 3; ++ky) {
+    V pixels[N + 2];
+    for (int i = 0; i < N + 2; ++i) pixels[i] = tap<S, Relu>(rows[ky], x + i);
+    for (int i = 0; i < N; ++i)
+      for (int kx = 0; kx < 3; ++kx) sums[i] = fma(pixels[i + kx], weights[ky * 3 + kx], sums[i]);
+  }
+}
+
+template <class S, class T, bool Relu>
+void depthwise_rows(const ProducerArgs& a) {
+  const Window& w = a.window;
+  const Interior inside = interior(w);
+  const int groups = a.channels / kGroup;
+  const bool fast = w.kernel == 3 && w.stride == 1;
+  for (int g = 0; g < groups; ++g) {
+    const std::byte* input = a.input + group_offset<S>(g, a.input_block);
+    std::byte* matrix = a.matrix + group_offset<T>(g, a.matrix_block);
+    const float* weights = a.weights + static_cast<std::int64_t>(g) * w.kernel * w.kernel * kGroup;
+    const V bias = a.bias ? load(a.bias + g * kGroup) : zero();
+    V filter[9];
+    if (fast)
+      for (int i = 0; i < 9; ++i) filter[i] = load(weights + i * kGroup);
+    for (int r = 0; r < a.rows; ++r) {
+      const std::byte* rows[kMaxKernel];
+      window_rows(w, input, a.first_row + r, rows);
+      std::byte* out = matrix + static_cast<std::int64_t>(r) * w.out_width * kLineBytes;
+      auto put = [&](int x, V v) { store(line<T>(out, x), activate(v, a.activation)); };
+      int x = 0;
+      for (; x < inside.begin; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
+      if (fast) {
+        const std::byte* three[3];
+        for (int k = 0; k < 3; ++k) three[k] = rows[k] ? rows[k] : a.zeros;
+        if (w.dilation == 1) {
+          V sums[4];
+          for (; x + 4 <= inside.end; x += 4) {
+            depthwise_3x3<S, Relu, 4>(three, filter, bias, x - w.pad_left, sums);
+            for (int i = 0; i < 4; ++i) put(x + i, sums[i]);
+          }
+        }
+        for (; x < inside.end; ++x) {
+          V sum = bias;
+          for (int ky = 0; ky < 3; ++ky)
+            for (int kx = 0; kx < 3; ++kx)
+              sum = fma(tap<S, Relu>(three[ky], x - w.pad_left + kx * w.dilation), filter[ky * 3 + kx], sum);
+          put(x, sum);
+        }
+      }
+      for (; x < w.out_width; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
+    }
+  }
+}
+
+template <class S, class T>
+void depthwise(const ProducerArgs& a) {
+  if (a.input_relu)
+    depthwise_rows<S, T, true>(a);
+  else
+    depthwise_rows<S, T, false>(a);
+}
+
+// --------------------------------------------------------------------------------------------------- patches
+
+// A regular convolution's windows, copied: K is (ky, kx, channel).
+template <class S, class T>
+void patches(const ProducerArgs& a) {
+  const Window& w = a.window;
+  const int groups = a.channels / kGroup;
+  for (int g = 0; g < groups; ++g) {
+    const std::byte* input = a.input + group_offset<S>(g, a.input_block);
+    for (int r = 0; r < a.rows; ++r) {
+      const std::byte* rows[kMaxKernel];
+      window_rows(w, input, a.first_row + r, rows);
+      for (int ky = 0; ky < w.kernel; ++ky) {
+        for (int kx = 0; kx < w.kernel; ++kx) {
+          std::byte* out = a.matrix + group_offset<T>((ky * w.kernel + kx) * groups + g, a.matrix_block) +
+                           static_cast<std::int64_t>(r) * w.out_width * kLineBytes;
+          for (int x = 0; x < w.out_width; ++x) {
+            const int column = x * w.stride - w.pad_left + kx * w.dilation;
+            const bool inside = rows[ky] != nullptr && column >= 0 && column < w.in_width;
+            V v = inside ? load(line<S>(rows[ky], column)) : zero();
+            if (a.input_relu) v = relu(v);
+            store(line<T>(out, x), v);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The windows of the image itself, float [images][height][width][channels] with few channels: K is (ky, kx, channel)
+// without gaps, so that a row of taps is one run of numbers.
+template <class T>
+void image_patches(const ProducerArgs& a) {
+  const Window& w = a.window;
+  const float* images = reinterpret_cast<const float*>(a.input);
+  const int run = w.kernel * a.channels;
+  const int depth = w.kernel * run;
+  const int groups = (depth + kGroup - 1) / kGroup;
+  constexpr int per_line = kLineBytes / (kGroup * static_cast<int>(sizeof(T)));
+  const int padded = (groups + per_line - 1) / per_line * per_line;  // what `multiply` may read
+  for (int r = 0; r < a.rows; ++r) {
+    const int row = a.first_row + r;
+    const int image = row / w.out_height;
+    const int y0 = (row % w.out_height) * w.stride - w.pad_top;
+    for (int x = 0; x < w.out_width; ++x) {
+      const int x0 = x * w.stride - w.pad_left;
+      float taps[kMaxImageDepth];
+      for (int i = depth; i < padded * kGroup; ++i) taps[i] = 0.0f;
+      for (int ky = 0; ky < w.kernel; ++ky) {
+        const int y = y0 + ky * w.dilation;
+        float* out = taps + ky * run;
+        const float* in =
+            images + ((static_cast<std::int64_t>(image) * w.in_height + y) * w.in_width + x0) * a.channels;
+        const bool whole = w.dilation == 1 && x0 >= 0 && x0 + w.kernel <= w.in_width;
+        if (y < 0 || y >= w.in_height) {
+          for (int i = 0; i < run; ++i) out[i] = 0.0f;
+        } else if (whole) {
+          for (int i = 0; i < run; ++i) out[i] = in[i];
+        } else {
+          for (int kx = 0; kx < w.kernel; ++kx) {
+            const int column = x0 + kx * w.dilation;
+            const bool inside = column >= 0 && column < w.in_width;
+            for (int c = 0; c < a.channels; ++c)
+              out[kx * a.channels + c] = inside ? in[kx * w.dilation * a.channels + c] : 0.0f;
+          }
+        }
+      }
+      const int pixel = r * w.out_width + x;
+      for (int g = 0; g < padded; ++g)
+        store(line<T>(a.matrix + group_offset<T>(g, a.matrix_block), pixel),
+              load(static_cast<const float*>(taps + g * kGroup)));
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- pools
+
+template <class S>
+void max_pool(const PoolArgs& a) {
+  const Window& w = a.window;
+  for (int g = 0; g < a.groups; ++g) {
+    const std::byte* input = a.input + group_offset<S>(g, a.input_block);
+    std::byte* output = a.output + group_offset<S>(g, a.output_block);
+    const std::byte* residual = a.residual ? a.residual + group_offset<S>(g, a.residual_block) : nullptr;
+    for (int r = 0; r < a.rows; ++r) {
+      const std::byte* rows[kMaxKernel];
+      window_rows(w, input, a.first_row + r, rows);
+      for (int x = 0; x < w.out_width; ++x) {
+        const int x0 = x * w.stride - w.pad_left;
+        V best = set1(-__builtin_inff());
+        for (int ky = 0; ky < w.kernel; ++ky) {
+          if (rows[ky] == nullptr) continue;
+          for (int kx = 0; kx < w.kernel; ++kx) {
+            const int column = x0 + kx * w.dilation;
+            if (column >= 0 && column < w.in_width) best = max(best, load(line<S>(rows[ky], column)));
+          }
+        }
+        const int pixel = (a.first_row + r) * w.out_width + x;
+        if (residual) best = add(best, load(line<S>(residual, pixel)));
+        store(line<S>(output, pixel), best);
+      }
+    }
+  }
+}
+
+template <class S>
+void reduce(const ReduceArgs& a) {
+  for (int g = a.first_group; g < a.first_group + a.groups; ++g) {
+    const std::byte* input = a.input + group_offset<S>(g, a.input_block);
+    for (int image = 0; image < a.images; ++image) {
+      V sum = a.maximum ? set1(-__builtin_inff()) : zero();
+      for (int p = 0; p < a.pixels; ++p) {
+        const V v = load(line<S>(input, image * a.pixels + p));
+        sum = a.maximum ? max(sum, v) : add(sum, v);
+      }
+      if (!a.maximum) sum = mul(sum, set1(1.0f / static_cast<float>(a.pixels)));
+      store(a.output + (static_cast<std::int64_t>(g) * a.images + image) * kGroup, sum);
+    }
+  }
+}

@@ -1,0 +1,130 @@
+#include "team.hpp"
+
+#include <exception>
+
+#if defined(_WIN32)
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace xception {
+
+namespace {
+
+long process_id() {
+#if defined(_WIN32)
+  return _getpid();
+#else
+  return getpid();
+#endif
+}
+
+void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#endif
+}
+
+constexpr int kSpins = 2000;
+
+}  // namespace
+
+void Barrier::wait() {
+  const std::uint32_t round = round_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
+    return;
+  }
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (round_.load(std::memory_order_acquire) != round) return;
+    pause();
+  }
+  while (round_.load(std::memory_order_acquire) == round) round_.wait(round, std::memory_order_acquire);
+}
+
+struct Team::State {
+  std::mutex mutex;
+  std::condition_variable begin, end;
+  std::uint64_t task_number = 0;
+  const std::function<void(int)>* task = nullptr;
+  int busy = 0;
+  bool stop = false;
+  std::exception_ptr error;
+  std::vector<std::thread> threads;
+};
+
+Team::Team(int threads) : size_(threads) {}
+
+Team::~Team() {
+  if (state_ == nullptr || owner_ != process_id()) return;
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->stop = true;
+  }
+  state_->begin.notify_all();
+  for (std::thread& thread : state_->threads) thread.join();
+  delete state_;
+}
+
+void Team::start() {
+  state_ = new State;
+  owner_ = process_id();
+  for (int i = 1; i < size_; ++i) state_->threads.emplace_back([this, i] { serve(i); });
+}
+
+void Team::serve(int index) {
+  State& state = *state_;
+  std::uint64_t done = 0;
+  for (;;) {
+    const std::function<void(int)>* task = nullptr;
+    {
+      std::unique_lock lock(state.mutex);
+      state.begin.wait(lock, [&] { return state.stop || state.task_number != done; });
+      if (state.stop) return;
+      done = state.task_number;
+      task = state.task;
+    }
+    std::exception_ptr error;
+    try {
+      (*task)(index);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    const std::lock_guard lock(state.mutex);
+    if (error && !state.error) state.error = error;
+    if (--state.busy == 0) state.end.notify_one();
+  }
+}
+
+void Team::run(const std::function<void(int)>& task) {
+  if (size_ == 1) return task(0);
+  if (state_ == nullptr || owner_ != process_id()) start();
+  State& state = *state_;
+  {
+    const std::lock_guard lock(state.mutex);
+    state.task = &task;
+    state.busy = size_ - 1;
+    state.error = nullptr;
+    ++state.task_number;
+  }
+  state.begin.notify_all();
+  std::exception_ptr error;
+  try {
+    task(0);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  std::unique_lock lock(state.mutex);
+  state.end.wait(lock, [&] { return state.busy == 0; });
+  if (!error) error = state.error;
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace xception

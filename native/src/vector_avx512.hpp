@@ -1,0 +1,56 @@
+// 16 floats as an AVX-512 register. Included by more than one file, each with flags and a namespace of its own.
+#pragma once
+
+#include <immintrin.h>
+
+#include "halves.hpp"
+#include "kernels.hpp"
+
+namespace xception::XCEPTION_LEVEL {
+
+struct V {
+  __m512 a;
+};
+
+inline V zero() { return {_mm512_setzero_ps()}; }
+inline V set1(float x) { return {_mm512_set1_ps(x)}; }
+inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline V load(const bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline V load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store(float* p, V x) { _mm512_storeu_ps(p, x.a); }
+inline void store(bf16* p, V x) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers for zero: nothing that a network could tell.
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.a)));
+#else
+  const __m512i bits = _mm512_castps_si512(x.a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.a, x.a, _CMP_UNORD_Q);
+  const __m512i chosen = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+#endif
+}
+inline void store(f16* p, V x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline V add(V x, V y) { return {_mm512_add_ps(x.a, y.a)}; }
+inline V mul(V x, V y) { return {_mm512_mul_ps(x.a, y.a)}; }
+inline V fma(V x, V y, V z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }
+// The instruction gives its second operand where one is NaN.
+inline V relu(V x) { return {_mm512_max_ps(_mm512_setzero_ps(), x.a)}; }
+inline V max(V x, V y) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.a, x.a, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(_mm512_max_ps(x.a, y.a), nan, x.a)};
+}
+
+inline constexpr int kRows = 14;  // 28 sums, 2 weights, 1 pixel: 31 of 32 registers
+inline constexpr int kColumns = 2;
+
+}  // namespace xception::XCEPTION_LEVEL
