@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol, Union, cast
 
 import tyro
 
+from xception.cli.convert import Convert
 from xception.cli.evaluate import Evaluate
 from xception.cli.models import Models
 from xception.cli.output import WRONG_USE, complain
@@ -31,6 +32,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "convert": Convert,
     "models": Models,
 }
 

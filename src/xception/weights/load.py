@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from xception.errors import WeightsError
 from xception.models import registry
 from xception.ops.backend import active_backend
-from xception.weights.bundle import BundleInfo, allowance_of, declared, find_bundle, load_bundle, open_bundle
+from xception.weights.bundle import BundleInfo, allowance_of, declared, find_bundle, open_bundle, read_bundle_info
 from xception.weights.container import Header, read_tensors
+from xception.weights.detect import container_of
 from xception.weights.files import shown
+from xception.weights.imports import Imported, foreign_info, import_weights
 from xception.weights.skeleton import build_skeleton, check_fit, signature, tensors_of
 
 
@@ -29,19 +31,39 @@ class Transfer:
 
 
 def load_model(source: str | os.PathLike[str]) -> tuple[nn.Module, BundleInfo]:
-    """The trained network of a run folder or bundle, on the CPU and in eval mode, and what it says of itself.
+    """The trained network of a run folder, a bundle or any public checkpoint file, on the CPU and in eval mode.
 
-    Raises `WeightsError` where `source` is neither; a registry name is answered with what to give instead.
+    Raises `WeightsError` where `source` is none of these, or has a trunk only; a registry name is answered with what
+    to give instead.
     """
     active_backend()  # says so, once, where only plain PyTorch is there
-    if not os.path.lexists(find_bundle(source)):
-        if os.fspath(source) in registry.list_models():
-            raise WeightsError(
-                f"{os.fspath(source)!r} names a network, and its weights would be random: "
-                "give a trained one, a bundle (model.safetensors) or a run folder"
-            )
-        raise WeightsError(f"no such bundle or run folder: {shown(source)}")
-    return load_bundle(source)
+    _require_file(source)
+    imported = import_weights(source)
+    if imported.fresh:
+        raise WeightsError(
+            f"{shown(source)} holds a trunk without its classifier: train one on it (xception train DATA --weights FILE)"
+        )
+    return imported.model, imported.info
+
+
+def read_info(source: str | os.PathLike[str], *, trunk_only: bool = False) -> BundleInfo:
+    """What a run folder, bundle or public checkpoint file says about itself; its weights are not read."""
+    _require_file(source)
+    file = find_bundle(source)
+    if container_of(file) == "bundle":
+        return read_bundle_info(file)
+    return foreign_info(file, trunk_only=trunk_only)
+
+
+def _require_file(source: str | os.PathLike[str]) -> None:
+    if os.path.lexists(find_bundle(source)):
+        return
+    if os.fspath(source) in registry.list_models():
+        raise WeightsError(
+            f"{os.fspath(source)!r} names a network, and its weights would be random: "
+            "give a trained one, a bundle (model.safetensors), a run folder or a checkpoint file"
+        )
+    raise WeightsError(f"no such bundle, run folder or checkpoint file: {shown(source)}")
 
 
 def create_model(
@@ -49,6 +71,7 @@ def create_model(
     *,
     weights: str | os.PathLike[str] | None = None,
     class_names: Sequence[str] | None = None,
+    trunk_only: bool = False,
     **options: Any,
 ) -> nn.Module:
     """The network `name`; with `weights` (a bundle or run folder) trained, else with random weights.
@@ -59,7 +82,7 @@ def create_model(
     """
     if weights is None:
         return registry.create_model(name, **options)
-    return create_with_transfer(name, weights=weights, class_names=class_names, **options)[0]
+    return create_with_transfer(name, weights=weights, class_names=class_names, trunk_only=trunk_only, **options)[0]
 
 
 def create_with_transfer(
@@ -67,6 +90,7 @@ def create_with_transfer(
     *,
     weights: str | os.PathLike[str],
     class_names: Sequence[str] | None = None,
+    trunk_only: bool = False,
     **options: Any,
 ) -> tuple[nn.Module, Transfer]:
     """As `create_model` with `weights`, and a record of what was loaded and what is fresh.
@@ -78,6 +102,8 @@ def create_with_transfer(
     option.
     """
     file = find_bundle(weights)
+    if os.path.lexists(file) and container_of(file) != "bundle":
+        return _transfer(import_weights(file, trunk_only=trunk_only), name, class_names, options)
     with open_bundle(file) as (stream, header, info):
         if info.model != name:
             raise WeightsError(f"it holds weights of {info.model!r}, not of {name!r}")
@@ -101,6 +127,39 @@ def create_with_transfer(
     fresh = tuple(key for key in target if key in classifier)
     loaded = tuple(key for key in target if key not in classifier)
     return model, Transfer(info=info, loaded=loaded, fresh=fresh)
+
+
+def _transfer(
+    imported: Imported, name: str, class_names: Sequence[str] | None, options: dict[str, Any]
+) -> tuple[nn.Module, Transfer]:
+    """`create_with_transfer` for a network that is in memory already, as a public checkpoint's is."""
+    info = imported.info
+    if info.model != name:
+        raise WeightsError(f"it holds weights of {info.model!r}, not of {name!r}")
+    own = registry.config_to_dict(registry.config_from_dict(name, info.config))
+    config = _with_options(name, own, options)
+    if config["in_channels"] != own["in_channels"]:
+        raise WeightsError(
+            f"its network takes {own['in_channels']} input channels, not the {config['in_channels']} asked for"
+        )
+    fresh = set(imported.fresh)
+    same_classes = class_names is None or tuple(class_names) == info.class_names
+    if not (same_classes and config["num_classes"] == own["num_classes"]):
+        fresh |= classifier_tensors(name, own) | classifier_tensors(name, config)
+    source = imported.model.state_dict()
+    model = registry.build(name, registry.config_from_dict(name, config))
+    target = model.state_dict()
+    kept = frozenset(fresh)
+    check_fit(_without(signature(target), kept), _without(signature(source), kept))
+    with torch.no_grad():
+        for key, tensor in target.items():
+            if key not in fresh:
+                tensor.copy_(source[key])
+    return model, Transfer(
+        info=info,
+        loaded=tuple(key for key in target if key not in fresh),
+        fresh=tuple(key for key in target if key in fresh),
+    )
 
 
 def _read_trunk(stream: BinaryIO, header: Header, tensors: Mapping[str, Tensor], left_out: frozenset[str]) -> None:
