@@ -181,7 +181,11 @@ def hostile_attributes(data: bytes) -> Iterator[Case]:
     region = attribute("x", lambda f: f[VICTIM].regionref[:2])
     yield "a region reference", region, "only texts are accepted"
     yield "names as numbers", attribute("layer_names", np.arange(5)), "it has 0 variables"
-    yield "a name too many", attribute("layer_names", [b"predictions", b"predictions"]), "is listed, and is not there once"
+    yield (
+        "a name too many",
+        attribute("layer_names", [b"predictions", b"predictions"]),
+        "is listed, and is not there once",
+    )
     yield "a name with dots", attribute("layer_names", [b"../../etc"]), "is listed, and is not there"
     yield "a description that is a list", attribute("model_config", [b"{}", b"{}"], "/"), "is a list"
     yield "an empty description", attribute("model_config", b"", "/"), "is not JSON"
@@ -219,7 +223,11 @@ def hostile_structure(data: bytes) -> Iterator[Case]:
     yield "a root that wraps around", patched(64, number(2**64 - 8)), "it refers to"
     yield "a root that is its superblock", patched(64, number(0)), "no object header"
     looping = patched(trees[0] + 5, b"\x01")
-    yield "a tree that is its own child", looping[: trees[0] + 32] + number(trees[0]) + looping[trees[0] + 40 :], "B-tree"
+    yield (
+        "a tree that is its own child",
+        looping[: trees[0] + 32] + number(trees[0]) + looping[trees[0] + 40 :],
+        "B-tree",
+    )
     yield "a tree of 65,535 children", patched(trees[0] + 6, b"\xff\xff"), ""
     yield "symbols at themselves", patched(trees[0] + 32, number(trees[0])), "no symbols"
     yield "65,535 symbols", patched(leaves[0] + 6, b"\xff\xff"), ""

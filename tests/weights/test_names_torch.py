@@ -45,7 +45,7 @@ MODELS = {
 
 
 # The deepest have nothing that the others have not, but for their depth.
-DEEP = dict.fromkeys(("timm xception65", "timm xception65p"), pytest.mark.slow)
+DEEP = dict.fromkeys(("timm xception65", "timm xception71", "timm xception65p"), pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=DEEP.get(name, ())) for name in NETWORKS])

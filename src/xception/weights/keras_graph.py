@@ -261,14 +261,15 @@ def _result(values: Mapping[tuple[str, int], list[int]], reference: _Reference) 
 
 def _in_order(calls: Sequence[_Call]) -> list[_Call]:
     """The calls, each after those it depends on; `WeightsError` for a cycle or a layer that is not there."""
-    known = {call.key: call for call in calls}
+    known = {call.key for call in calls}
     waiting: dict[tuple[str, int], set[tuple[str, int]]] = {}
     dependents: dict[tuple[str, int], list[_Call]] = {}
     ready: list[_Call] = []
     for call in calls:
         needed = {reference[:2] for reference in call.references}
-        if lacking := needed - known.keys():
-            raise WeightsError(f"the description refers to a layer {min(lacking)[0][:80]!r} that it does not have")
+        for name, number in needed:
+            if (name, number) not in known:
+                raise WeightsError(f"the description refers to a layer {name[:80]!r} that it does not have")
         waiting[call.key] = needed
         for key in needed:
             dependents.setdefault(key, []).append(call)
