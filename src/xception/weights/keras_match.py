@@ -139,23 +139,28 @@ class _Unit:
 
 def _read_xception(graph: PlainGraph, start: int) -> tuple[dict[str, Any], list[Step], int]:
     path, blocked = _main_path(graph, start)
-    kinds = [graph.nodes[i].kind for i in path]
-    if kinds[:6] != ["Conv2D", "BatchNormalization", "Activation"] * 2:
-        raise _Mismatch("there is no Xception or Inception v3 in it")
+    if [graph.nodes[i].kind for i in path[:6]] != ["Conv2D", "BatchNormalization", "Activation"] * 2:
+        if blocked is None:
+            raise _Mismatch("there is no Xception or Inception v3 in it")
+        raise _Mismatch(f"{blocked.layer} cannot be represented: {blocked.problem}", len(path))
+    events, end, odd = _events(graph, path[6:])
     try:
-        config, steps, end = _read_path(graph, path)
+        config, steps = _read_events(graph, path, events, end)
         _lay_over(graph, steps, end)
     except _Mismatch:
-        if blocked is None:
-            raise
-        raise _Mismatch(f"{blocked.layer} cannot be represented: {blocked.problem}", len(path)) from None
+        if blocked is not None:
+            raise _Mismatch(f"{blocked.layer} cannot be represented: {blocked.problem}", len(path)) from None
+        if odd is not None:
+            raise _Mismatch(f"{odd.layer} stands where an Xception has nothing of its kind", len(path)) from None
+        raise
     return config, steps, end
 
 
-def _read_path(graph: PlainGraph, path: list[int]) -> tuple[dict[str, Any], list[Step], int]:
+def _read_events(
+    graph: PlainGraph, path: list[int], events: list[_Unit | str], end: int
+) -> tuple[dict[str, Any], list[Step]]:
     first, second = graph.nodes[path[0]].settings, graph.nodes[path[3]].settings
     stem = "valid" if first["padding"] == "valid" else "small"
-    events, end = _events(graph, path[6:])
     pools = [i for i, event in enumerate(events) if event == "pool"]
     if len(pools) < 2 or end < 0:
         raise _Mismatch("there is no Xception in it: it should have two pools or more, and end in a ReLU", matched=6)
@@ -187,7 +192,7 @@ def _read_path(graph: PlainGraph, path: list[int]) -> tuple[dict[str, Any], list
         full = XceptionConfig(**config)
     except ConfigError as error:
         raise _Mismatch(f"its Xception is none of ours: {error}", matched=6) from None
-    return config, xception_steps(full), end
+    return config, xception_steps(full)
 
 
 def _main_path(graph: PlainGraph, start: int) -> tuple[list[int], Plain | None]:
@@ -211,13 +216,18 @@ def _is_projection(node: Plain) -> bool:
     return node.kind == "Conv2D" and settings.get("kernel_size") == (1, 1) and settings.get("strides") == (2, 2)
 
 
-def _events(graph: PlainGraph, path: list[int]) -> tuple[list[_Unit | str], int]:
-    """Units, pools and sums along the path, and the number of the last operation: a ReLU."""
+def _events(graph: PlainGraph, path: list[int]) -> tuple[list[_Unit | str], int, Plain | None]:
+    """Units, pools and sums along the path, and the number of the last operation: a ReLU.
+
+    And, where something else came before the path's end, what that is: the first of the head, or a mistake.
+    """
     events: list[_Unit | str] = []
     end, place = -1, 0
     while place < len(path):
         node = graph.nodes[path[place]]
         if node.kind in ("MaxPooling2D", "Add"):
+            if not events or events[-1] in ("relu", "add"):
+                break  # behind the trunk
             events.append("pool" if node.kind == "MaxPooling2D" else "add")
             place, end = place + 1, -1
         elif node.kind == "Activation" and node.settings == _RELU:
@@ -235,7 +245,7 @@ def _events(graph: PlainGraph, path: list[int]) -> tuple[list[_Unit | str], int]
             place += length
     while events and isinstance(events[-1], _Unit):
         events.pop()  # no ReLU follows: no part of the trunk
-    return events, end
+    return events, end, graph.nodes[path[place]] if place < len(path) else None
 
 
 def _unit(nodes: list[Plain]) -> tuple[_Unit | None, int]:

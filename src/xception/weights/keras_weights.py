@@ -60,7 +60,7 @@ class _InPlaces:
 
     def of_layer(self, layer: Layer) -> list[str]:
         place = self._place(layer)
-        return [name for name in self._tensors if name.startswith(f"{place}/")]
+        return sorted(name for name in self._tensors if name.startswith(f"{place}/"))
 
     def _place(self, layer: Layer) -> str:
         return layer.place.replace("layers", self._other) if self._other else layer.place
