@@ -51,6 +51,7 @@ _HOMES = {
 
 __all__ = ["__version__", "load", *sorted(_HOMES)]
 
+
 def load(source: Any, *, device: str | None = None) -> Predictor:
     """The trained model of a run folder or a bundle, ready to `predict`; `WeightsError` where it is neither."""
     from xception.inference.predictor import Predictor

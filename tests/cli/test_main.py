@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import xception
-from xception.cli.main import main
+from xception.cli.main import main, script
+from xception.cli.output import printable
 from xception.cli.parse import COMMANDS
 
 TINY = [
@@ -76,7 +79,7 @@ def test_version_says_what_the_machine_can(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["trian", "digits"], "trian"),
+        (["trian", "digits"], "did you mean train"),
         (["train"], "data"),
         (["train", "digits", "--epochs", "many"], "epochs"),
         (["train", "digits", "--epochs", "0"], "epochs"),
@@ -100,6 +103,11 @@ def test_version_says_what_the_machine_can(capsys: pytest.CaptureFixture[str]) -
         (["predict", "m", "x.png", "--top", "0"], "--top"),
         (["predict", "m", "x.png", "--json", "--csv"], "not both"),
         (["models", "xeption"], "xception"),
+        (["models", "XCEPTOIN"], "did you mean xception"),
+        (["models", "zzz*"], "no model matches 'zzz*'"),
+        (["predict", "m", "x.png", "--device", "meta"], "no such bundle"),
+        (["predict", "", "x.png"], "empty name"),
+        ([], "xception demo"),
     ],
     ids=lambda a: " ".join(a) if isinstance(a, list) else None,
 )
@@ -202,3 +210,102 @@ def test_models_shows_one_stage_by_stage(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert "22,855,952" in out
     assert "middle_flow" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["digits", "--device", "meta"], "device 'meta' cannot be used"),
+        (["digits", "--device", "abacus"], "such as cpu"),
+        (["digits", "--data-root", "x"], "leave it out"),
+        (["cifar10"], "--data-root"),
+        (["digits", "--report", "no/such/folder/r.html"], "cannot write no/such/folder/r.html"),
+        (["digits", "--report", "."], "cannot write ."),
+    ],
+)
+def test_evaluate_mistakes(
+    arguments: list[str], says: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(trained), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert says in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xception.evaluation.evaluate.evaluate", lambda *_, **__: pytest.fail("evaluated first"))
+    assert main(["evaluate", str(trained), "digits", "--report", "/no/such/folder/r.html"]) == 2
+
+
+def exit_status(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """Of the installed command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["xception", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        script()
+    return leaving.value.code
+
+
+def test_closed_streams(
+    trained: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after ``<&-`` and ``>&-``."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert exit_status(monkeypatch, "predict", str(trained), "-") == 2
+    assert "no image was named on standard input" in capsys.readouterr().err
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert exit_status(monkeypatch, "predict", str(trained), str(image)) == 0
+    assert exit_status(monkeypatch, "predict", str(trained), "no-such.png") == 1
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
+def test_output_that_cannot_show_every_name(trained: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal or a pipe in ASCII."""
+    korean = image.rename(image.with_name("고양이.png"))
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert exit_status(monkeypatch, "predict", str(trained), str(korean)) == 0
+    assert exit_status(monkeypatch, "--help") == 0
+    ascii_only.flush()
+    text = ascii_only.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "\\uace0\\uc591\\uc774.png: " in text
+    assert "usage: xception" in text
+
+
+def test_names_that_are_not_utf8_read_alike_everywhere() -> None:
+    assert printable(os.fsdecode(b"caf\xe9\n.jpg")) == "caf\\xe9\\n.jpg"
+
+
+def test_a_wrong_cap_on_instruction_sets_is_told_by_every_command(
+    trained: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XCEPTION_MAX_ISA", "abacus")
+    for arguments in (["--version"], ["predict", str(trained), str(image)], ["evaluate", str(trained), "digits"]):
+        assert main(arguments) == 2
+        assert "XCEPTION_MAX_ISA" in capsys.readouterr().err
+
+
+def test_evaluate_on_a_folder_of_one_class(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data" / "3").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "data" / "3" / name)
+    assert main(["evaluate", str(trained), str(tmp_path / "data"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 2
+
+
+def test_a_read_only_home_is_no_matter(trained: Path, tmp_path: Path) -> None:
+    """Drawing keeps a cache of fonts there, and does without; a file in the home's place stops root too."""
+    (tmp_path / "home").write_text("")
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    for variable in ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        environment.pop(variable, None)
+    arguments = ["evaluate", str(trained), "digits", "--json", "--report", str(tmp_path / "report.html")]
+    told = subprocess.run(
+        [sys.executable, "-m", "xception", *arguments], env=environment, capture_output=True, check=False
+    )
+    assert (told.returncode, told.stderr) == (0, b"")

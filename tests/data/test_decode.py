@@ -41,7 +41,8 @@ def test_lossless_formats_give_back_the_pixels(format: str, options: dict, heigh
     "options", [{}, {"progressive": True}, {"quality": 30}, {"subsampling": 0}, {"restart_marker_rows": 1}]
 )
 def test_jpeg_is_what_pillow_makes_of_the_whole_file(options: dict) -> None:
-    data = encode(picture(40, 56), "JPEG", comment=b"x" * 5000, icc_profile=bytes(70_000), **options)
+    profile = bytes(100 if "progressive" in options else 70_000)  # more makes older Pillows fail to write it
+    data = encode(picture(40, 56), "JPEG", comment=b"x" * 500, icc_profile=profile, **options)
     assert np.array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data))))
 
 

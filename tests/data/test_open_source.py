@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,20 @@ def test_dropping_samples_equals_never_having_had_them(tmp_path: Path) -> None:
         assert split.keys == cleaned.splits[part].keys
         assert split.targets == cleaned.splits[part].targets
     assert drop_samples(whole, []) is whole
+
+
+def test_one_class_is_enough_to_evaluate_on(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "data", {"dog": 9})
+    with pytest.raises(DataError, match="at least two classes"):
+        open_source(folder)
+    source = open_source(folder, min_classes=1)
+    assert source.class_names == ("dog",)
+    assert drop_samples(source, [source.splits["train"].keys[0]]).class_names == ("dog",)
+
+
+def test_a_path_may_be_bytes(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "data", {"dog": 3, "cat": 3})
+    assert open_source(os.fsencode(folder)).fingerprint == open_source(folder).fingerprint
 
 
 def test_a_source_can_be_put_together_by_hand() -> None:

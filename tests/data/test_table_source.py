@@ -157,3 +157,20 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match="no class folders"):
         open_source(tmp_path / "folder.csv")
+
+
+@pytest.mark.parametrize("header", ["img,cls", "path,klass", "picture,label"])
+def test_a_header_in_other_words_is_no_sample(tmp_path: Path, header: str) -> None:
+    with pytest.raises(DataError, match=r"line 1: looks like a header, .*expected path, .* and label, "):
+        open_source(table(tmp_path, f"{header}\n{PLAIN}"))
+
+
+def test_names_without_an_ending_need_no_header(tmp_path: Path) -> None:
+    source = open_source(table(tmp_path, "one,a\ntwo,a\nthree.png,b\nfour,b\n"))
+    assert labels_of(source) == {"one": "a", "two": "a", "three.png": "b", "four": "b"}
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_other_separators_are_named(tmp_path: Path, separator: str) -> None:
+    with pytest.raises(DataError, match=r"line 1: .*separate them with commas"):
+        open_source(table(tmp_path, ("path,label\n" + PLAIN).replace(",", separator)))

@@ -251,7 +251,8 @@ def is_alive(pid: int) -> bool:
 
 
 INTERRUPTED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
 from xception.data.workers import WorkerPool
 import time
 def job(n):

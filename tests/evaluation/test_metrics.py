@@ -93,7 +93,7 @@ def test_precision() -> None:
 def test_device() -> None:
     assert usable_device("cpu") == torch.device("cpu")
     assert usable_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for wrong in ("no-such-device", "cuda:99", "mps" if torch.cuda.is_available() else "cuda"):
+    for wrong in ("no-such-device", "meta", "hpu", "cuda:99", "mps" if torch.cuda.is_available() else "cuda"):
         with pytest.raises(ConfigError, match=f"device '{wrong}' cannot be used: ") as error:
             evaluate_model(_FirstPixels(2), _Batches(_batch([[1, 0]], [0])), class_names=("a", "b"), device=wrong)
         assert "\n" not in str(error.value)

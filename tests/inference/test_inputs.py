@@ -156,3 +156,8 @@ def test_names_that_are_not_utf8(tree: Path) -> None:
     name = os.fsdecode(b"sub/deep/\xff\xfe.jpg")
     Path(name).write_bytes(b"")
     assert name in _expand("sub")
+
+
+def test_what_lies_in_a_matched_folder_comes_once(tree: Path) -> None:
+    """`**` matches folders inside each other, and in newer Pythons also the files in them."""
+    assert _expand("sub/**") == ["sub/c.webp", "sub/deep/d.jpeg"]

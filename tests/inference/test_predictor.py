@@ -54,10 +54,15 @@ def predictor() -> Predictor:
     """A network whose scores depend on the image and are neither 0 nor 1."""
     torch.manual_seed(0)
     model = create_model("xception", **OPTIONS)
-    for name, tensor in model.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.fill_(0.2)
-    model.get_parameter(list(dict(model.named_parameters()))[-2]).data.normal_(std=2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the statistics become exactly those of the images below
+    with torch.no_grad():
+        images = torch.stack([INFO.preprocess(_pixels(k)) for k in range(12)])
+        model.train()(images)
+        weight = model.get_parameter(list(dict(model.named_parameters()))[-2])
+        weight.normal_()
+        weight.div_(model.eval()(images).std())
     return Predictor(model, INFO, device="cpu")
 
 
@@ -94,6 +99,8 @@ def test_every_kind_of_image_gives_the_same(predictor: Predictor, files: list[st
     kinds = [
         Path(path),
         Path(path).read_bytes(),
+        bytearray(Path(path).read_bytes()),
+        memoryview(Path(path).read_bytes()),
         image,
         pixels,
         np.asfortranarray(pixels),
@@ -223,12 +230,15 @@ def test_what_is_no_image(predictor: Predictor, image: Any, message: str) -> Non
 
 def test_wrong_numbers(predictor: Predictor, files: list[str]) -> None:
     for options in ({"top": 0}, {"batch_size": 0}):
-        with pytest.raises(ConfigError, match="must be at least 1; got 0"):
+        with pytest.raises(ConfigError, match="must be a whole number of at least 1; got 0"):
             predictor.predict(files, **options)
-        with pytest.raises(ConfigError, match="must be at least 1; got 0"):
+        with pytest.raises(ConfigError, match="must be a whole number of at least 1; got 0"):
             predictor.predict_paths(files, **options)  # at once, not at the first image
-    with pytest.raises(ConfigError, match="workers must be at least 1; got 0"):
+    with pytest.raises(ConfigError, match="workers must be a whole number of at least 1; got 0"):
         predictor.predict_paths(files, workers=0)
+    for value in ("3", 2.5, None, True):
+        with pytest.raises(ConfigError, match="top must be a whole number"):
+            predictor.predict(files, top=value)  # type: ignore[call-overload]
 
 
 def test_pillow_image_as_its_file(predictor: Predictor, tmp_path: Path) -> None:

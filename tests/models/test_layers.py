@@ -218,6 +218,12 @@ def test_wrong_input_is_refused_in_one_line(shape: tuple[int, ...]) -> None:
         check_input(torch.zeros(shape), in_channels=3, minimum_size=8)
 
 
+@pytest.mark.parametrize("x", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [[0.0]], None])
+def test_what_is_no_floating_point_tensor_is_refused_in_one_line(x: object) -> None:
+    with pytest.raises(ConfigError, match=r"^expected a .*tensor .*, got .*$"):
+        check_input(x, in_channels=3, minimum_size=8)  # type: ignore[arg-type]
+
+
 def test_first_weights_keep_the_signals_size() -> None:
     """He's normal distribution over the fan-in, of a depthwise filter too; then batch variances start near 1."""
     model = nn.Sequential(DepthwiseConv2d(64), nn.Conv2d(64, 64, 1), batch_norm(64, eps=1e-3), Classifier(64, 200))

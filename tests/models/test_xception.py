@@ -224,10 +224,10 @@ def test_without_residual_there_are_no_shortcuts() -> None:
 def test_output_stride_keeps_every_value_of_the_strided_network(
     numerics: str, output_stride: int, size: tuple[int, int]
 ) -> None:
-    strided = with_random_statistics(narrow(numerics=numerics))
-    dense = narrow(numerics=numerics, output_stride=output_stride).eval()
+    strided = with_random_statistics(narrow(numerics=numerics)).double()
+    dense = narrow(numerics=numerics, output_stride=output_stride).double().eval()
     dense.load_state_dict(strided.state_dict())
-    x = torch.randn(2, 3, *size)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
     expected, features = strided.forward_features(x), dense.forward_features(x)
     step = 32 // output_stride
     torch.testing.assert_close(features[:, :, ::step, ::step], expected)

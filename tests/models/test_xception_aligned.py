@@ -108,11 +108,11 @@ def test_it_equals_timms(name: str, output_stride: int | None) -> None:
 @pytest.mark.parametrize("preactivation", [False, True])
 @pytest.mark.parametrize("output_stride", [16, 8])
 def test_output_stride_keeps_every_value_of_the_strided_network(preactivation: bool, output_stride: int) -> None:
-    strided = randomise(narrow(preactivation=preactivation))
-    dense = narrow(preactivation=preactivation, output_stride=output_stride).eval()
+    strided = randomise(narrow(preactivation=preactivation)).double()
+    dense = narrow(preactivation=preactivation, output_stride=output_stride).double().eval()
     dense.load_state_dict(strided.state_dict())
     for size in ((64, 96), (67, 81)):
-        x = torch.randn(1, 3, *size)
+        x = torch.randn(1, 3, *size, dtype=torch.float64)
         expected, features = strided.forward_features(x), dense.forward_features(x)
         step = 32 // output_stride
         torch.testing.assert_close(features[:, :, ::step, ::step], expected)

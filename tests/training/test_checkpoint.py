@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from xception.errors import WeightsError
+from xception.errors import TrainingError, WeightsError
 from xception.training.checkpoint import (
     Progress,
     checkpoints,
@@ -156,3 +156,21 @@ def test_a_checkpoint_of_another_network_does_not_fit(tmp_path: Path) -> None:
     other.model[4] = nn.Linear(24, 5)
     with pytest.raises(WeightsError, match="expected"):
         restore(read_checkpoint(path), **other.parts())
+
+
+def test_what_is_not_finite_is_never_kept(tmp_path: Path) -> None:
+    state = State("adamw")
+    state.save(tmp_path)
+    state.progress.step += 1
+    next(iter(state.optimizer.state.values()))["exp_avg_sq"].fill_(float("inf"))
+    with pytest.raises(TrainingError, match="exp_avg_sq is not finite"):
+        state.save(tmp_path)
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def test_the_log_comes_back_however_long_it_is(tmp_path: Path) -> None:
+    """Longer than a header may be."""
+    state = State("sgd")
+    log = b'{"epoch": 1}\n' * 1_000_000
+    path = save_checkpoint(tmp_path, run={}, **state.parts(), progress=state.progress, metrics=log)
+    assert read_checkpoint(path).metrics == log

@@ -18,10 +18,15 @@ import torch
 from PIL import Image
 
 import xception
-from xception.errors import ConfigError, DataError, TrainingError
+from xception.errors import ConfigError, DataError, TrainingError, XceptionError
+from xception.training import loop as loop_module
+from xception.training import prepare as prepare_module
 from xception.training import step as step_module
 from xception.training.checkpoint import checkpoints, read_checkpoint
-from xception.training.loop import TrainResult
+from xception.training.interrupt import Stopped
+from xception.training.progress import MetricsLog, Reporter
+from xception.training.recipe import named_recipe, override
+from xception.training.record import TrainResult
 from xception.weights.bundle import load_bundle
 
 TINY = {"stem_widths": (4, 8), "entry_widths": (8, 12), "middle_modules": 1, "exit_widths": (16,)}
@@ -338,3 +343,205 @@ def test_multi_label_data_from_a_table(photos: Path, tmp_path: Path) -> None:
             quick(table, tmp_path / "soft", loss="softmax")
     finally:
         os.unlink(table)
+
+
+def test_a_deleted_or_damaged_file_of_a_run_comes_back(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    kept = {name: (out / name).read_bytes() for name in ("metrics.jsonl", "recipe.json", "split.json")}
+    (out / "metrics.jsonl").write_text("half a li")
+    (out / "recipe.json").unlink()
+    (out / "split.json").unlink()
+    with pytest.raises(ConfigError, match="--resume"):
+        quick("digits", out)
+    quick("digits", out, resume=True)
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+
+
+def test_where_the_best_is_gone_the_best_from_here_on_is_kept(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    (out / "best.safetensors").unlink()
+    (out / "checkpoints" / "step-000000044.safetensors").unlink()
+    quick("digits", out, resume=True, quiet=False)
+    assert "best.safetensors is gone" in capsys.readouterr().err
+    assert (out / "best.safetensors").exists()
+
+
+def test_the_same_run_writes_the_same_bundles_byte_for_byte(undisturbed: Path, tmp_path: Path) -> None:
+    quick("digits", tmp_path / "again")
+    for name in ("model.safetensors", "best.safetensors"):
+        assert (undisturbed / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_run_stopped_before_its_evaluation_records_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    """All steps of the epoch are done, and another process evaluates and records it."""
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    with pytest.MonkeyPatch.context() as patch:
+        # As a signal in the validation of the second epoch has it.
+        (out / "checkpoints" / "step-000000044.safetensors").unlink()
+
+        def stopped(*_: Any, progress: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            progress(1, 2)
+
+        patch.setattr(loop_module, "evaluate_model", stopped)
+        with pytest.raises(Stopped, match="checkpoint written"):
+            quick("digits", out, resume=True)
+    quick("digits", out, resume=True)
+    assert metrics(out) == metrics(undisturbed)
+    assert_same_weights(undisturbed, out)
+
+
+def test_data_that_lost_other_images_is_another_run(photos: Path, tmp_path: Path) -> None:
+    """The list of files is the same, but one can no longer be read, and what was known of them is gone."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(photos, data)
+    quick(data, out, batch_size=16, epochs=1)
+    (data / "dark" / "003.png").write_bytes(b"")
+    quick(data, out, batch_size=16, epochs=1, resume=True)  # it is known which images were good
+    (out / "split.json").unlink()
+    with pytest.raises(ConfigError, match="readable data"):
+        quick(data, out, batch_size=16, epochs=1, resume=True)
+
+
+def test_weights_that_overflow_stop_the_run_and_are_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update of a finite gradient may still be too large; the weights of the epoch before are kept."""
+    real = loop_module.train_step
+
+    def overflowing(model: Any, optimizer: Any, *args: Any, **options: Any) -> Any:
+        result = real(model, optimizer, *args, **options)
+        if options["seed"] == seeds[-1]:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("inf"))
+        return result
+
+    seeds = [(7 * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63 for step in range(40)]
+    monkeypatch.setattr(loop_module, "train_step", overflowing)
+    with pytest.raises(TrainingError, match=r"no longer finite .* are in .*step-000000022"):
+        quick("digits", tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000000022.safetensors"]
+    assert len(list((tmp_path / "run").glob("dump-*.json"))) == 1
+
+
+def test_scores_that_overflow_stop_the_run_with_a_dump(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="scores are not finite"):
+        quick(photos, tmp_path / "run", learning_rate=1e9)
+    assert len(list((tmp_path / "run").glob("dump-*.json"))) == 1
+
+
+def test_an_epoch_without_a_step_has_no_training_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it the best one for that."""
+    real, calls = step_module.classification_loss, 0
+
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return real(*args, **options) * (float("inf") if calls <= 2 else 1.0)
+
+    monkeypatch.setattr(step_module, "classification_loss", poisoned)
+    quick("digits", tmp_path / "run", batch_size=600, val_fraction=0, epochs=2)
+    assert [m["train_loss"] is None for m in metrics(tmp_path / "run")] == [True, False]
+    info = load_bundle(tmp_path / "run" / "best.safetensors")[1]
+    assert info.provenance["figures"]["epoch"] == 2
+
+
+def test_a_batch_of_one_is_refused_where_it_cannot_be_learnt_from(
+    photos: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="batch_size must be at least 2"):
+        quick(photos, tmp_path / "run", batch_size=1)
+    assert not (tmp_path / "run").exists()
+    few = tmp_path / "few"
+    for label in ("dark", "light"):
+        (few / label).mkdir(parents=True)
+        for i in range(4):
+            shutil.copy(photos / label / f"{i:03d}.png", few / label)
+    # Statistics that are frozen do not mind.
+    frozen = {"recipe": "finetune", "weights": undisturbed, "model_options": None, "image_size": None}
+    quick(few, tmp_path / "one", batch_size=1, **frozen)
+    assert metrics(tmp_path / "one")[-1]["train_loss"] is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"data": 5}, "data must be"),
+        ({"recipe": 5}, "recipe must be"),
+        ({"model": 5}, "model must be"),
+        ({"weights": 5}, "weights must be"),
+        ({"out": 5}, "out must be"),
+        ({"out": ""}, "out must name a folder"),
+        ({"device": 5}, "device must be"),
+        ({"device": "meta"}, "meta"),
+        ({"model_options": ["a"]}, "model_options must be"),
+        ({"epochs": "3"}, "epochs must be int"),
+        ({"epochs": True}, "epochs must be int"),
+        ({"epoch": 3}, "did you mean epochs"),
+        ({"val_fraction": 0.6, "test_fraction": 0.6}, r"below 1; got 1\.2"),
+        ({"learning_rate": float("inf")}, "finite"),
+        ({"balanced_sampling": True, "loss": "sigmoid"}, "balanced"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_one_line_and_leave_nothing(
+    arguments: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=says) as error:
+        xception.train(**{"data": "digits", "out": tmp_path / "run", **QUICK, **arguments})
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_cannot_be_used_is_one_line(photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "locked" / "run.lock").mkdir(parents=True)
+    (tmp_path / "metrics" / "metrics.jsonl").mkdir(parents=True)
+    for name, says in (("file", "cannot"), ("file/run", "cannot"), ("locked", "run.lock"), ("metrics", "metrics")):
+        with pytest.raises(XceptionError, match=says) as error:
+            quick(photos, tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", b'{"epoch": 1}\n')
+    log.append({"epoch": 2})
+    assert log.path.read_bytes() == log.written == b'{"epoch": 1}\n{"epoch": 2}\n'
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match="No space left"):
+        log.append({"epoch": 3})
+    assert [r["epoch"] for r in log.records] == [1, 2]
+
+
+def test_a_signal_before_the_first_step_is_one_line(photos: Path, tmp_path: Path) -> None:
+    """Here while the images are checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "clean_source", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="before the first step") as stopped:
+            quick(photos, tmp_path / "run")
+    assert stopped.value.signal_number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_bar_counts_every_batch_of_an_accumulated_step(tmp_path: Path) -> None:
+    class Bar(Reporter):
+        total = done = 0
+
+        def begin(self, title: str, batches: int, done: int = 0) -> None:
+            if title.startswith("epoch"):
+                self.total, self.done = batches, done
+
+        def advance(self, images: int, note: str = "", batches: int = 1) -> None:
+            self.done += batches if note else 0
+
+    plan = prepare_module.prepare("digits", override(named_recipe("small"), epochs=1, accumulate=4, image_size=8))
+    bar = Bar(quiet=True)
+    loop_module.run_training(plan, tmp_path / "run", reporter=bar)
+    assert bar.done == bar.total == len(plan.train_loader())

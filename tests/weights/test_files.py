@@ -15,7 +15,7 @@ import pytest
 
 from xception.errors import WeightsError
 from xception.weights import files
-from xception.weights.files import atomic_write, open_regular, remove_leftovers, sha256_file, shown
+from xception.weights.files import atomic_write, check_writable, open_regular, remove_leftovers, sha256_file, shown
 
 
 def _content(data: bytes):
@@ -38,6 +38,17 @@ def test_new_and_replaced_file(tmp_path: Path) -> None:
     atomic_write(str(path), _content(b"two"))
     assert path.read_bytes() == b"two"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_whether_a_file_could_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"one")
+    check_writable(tmp_path / "a.bin")
+    check_writable(tmp_path / "b.bin")
+    assert os.listdir(tmp_path) == ["a.bin"]
+    assert (tmp_path / "a.bin").read_bytes() == b"one"
+    for wrong in (tmp_path, tmp_path / "no" / "a.bin", tmp_path / "a.bin" / "b", "/dev/null"):
+        with pytest.raises(WeightsError, match="cannot write"):
+            check_writable(wrong)
 
 
 def test_writer_may_seek(tmp_path: Path) -> None:

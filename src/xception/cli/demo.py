@@ -35,7 +35,8 @@ def demo(out: str | None, *, seed: int, as_json: bool) -> int:
     """Train on the digits, evaluate on their test part, predict a few of them, and say what to type next."""
     began = time.monotonic()
     folder = Path(out) if out is not None else run_folder_for("demo", "digits", out=None, resume=False)
-    result = train("digits", recipe=demo_recipe(seed), out=folder)
+    # Given the folder again, it goes on there, or shows again what is there.
+    result = train("digits", recipe=demo_recipe(seed), out=folder, resume=out is not None)
     assert result.test is not None, "the digits have a test part"
 
     recipe = demo_recipe(seed)

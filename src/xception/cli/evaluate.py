@@ -48,8 +48,11 @@ class Evaluate:
                 f"--batch-size must be 1 or more and --workers 0 or more; got {self.batch_size}, {self.workers}"
             )
         from xception.evaluation.evaluate import evaluate
-        from xception.evaluation.report import write_report
         from xception.training.progress import Reporter
+        from xception.weights.files import check_writable
+
+        if self.report is not None:
+            check_writable(self.report)
 
         with Reporter() as reporter:
             started = False
@@ -74,13 +77,18 @@ class Evaluate:
                 progress=progress,
             )
         e = result.evaluation
+        if result.note is not None:
+            sys.stderr.write(f"xception: {printable(result.note)}\n")
         for bad in e.errors:
             sys.stderr.write(f"{printable(bad.key)}: error: {printable(bad.reason)}\n")
         if self.report is not None:
+            from xception.evaluation.report import mistake_examples, write_report  # brings matplotlib
+
             write_report(
                 self.report,
                 title=f"{result.info.model} on {result.source.spec}: {result.part}",
                 evaluation=e,
+                examples=mistake_examples(e, result.split),
                 history=[],
                 class_names=result.info.class_names,
                 provenance=result.info.provenance,

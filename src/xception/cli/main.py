@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -52,6 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(f"out of memory: {error}" if str(error) else "out of memory")
 
 
+def _prepare_streams() -> None:
+    """Python has None for a standard stream that was closed (``<&-``): nothing comes from it, nothing is kept.
+
+    What a stream's encoding lacks, as ASCII lacks most of the world's file names, is written as an escape.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # for the process's life
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def script() -> None:
     """What the installed ``xception`` command calls."""
+    _prepare_streams()
+    # Where the home folder is read-only it warns in three lines of a cache that it can do without.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     sys.exit(main())

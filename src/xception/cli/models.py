@@ -11,6 +11,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from xception import __version__
 from xception.cli.output import json_line, table
+from xception.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,10 @@ class Models:
 
         if self.name is not None and not set(self.name) & set("*?["):
             return self._one(self.name)
-        descriptions = [registry.describe(name) for name in registry.list_models(self.name or "*")]
+        names = registry.list_models(self.name or "*")
+        if not names:
+            raise ConfigError(f"no model matches {self.name!r}: choose from {', '.join(registry.list_models())}")
+        descriptions = [registry.describe(name) for name in names]
         if self.json:
             for description in descriptions:
                 json_line({k: v for k, v in description.to_dict().items() if k != "stages"})

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xception.data.labels import printable as printable
+
 WRONG_USE = 2
 
 
@@ -15,12 +17,6 @@ def complain(message: str) -> int:
     line = " ".join(message.split())
     sys.stderr.write(f"xception: error: {printable(line)}\n")
     return WRONG_USE
-
-
-def printable(text: str) -> str:
-    """`text` without control characters, and with bytes that are not UTF-8 escaped."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def json_line(value: Mapping[str, Any]) -> None:

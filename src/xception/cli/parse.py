@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import sys
 from typing import Annotated, Any, Protocol, Union, cast
 
 import tyro
@@ -13,9 +12,10 @@ import tyro
 from xception.cli.convert import Convert
 from xception.cli.evaluate import Evaluate
 from xception.cli.models import Models
-from xception.cli.output import WRONG_USE, complain
+from xception.cli.output import complain
 from xception.cli.predict import Predict
 from xception.cli.train import Demo, Train, train_defaults
+from xception.models.fields import unknown_name
 
 
 class Command(Protocol):
@@ -39,6 +39,12 @@ COMMANDS: dict[str, type[Any]] = {
 
 def parse(arguments: list[str]) -> Command | int:
     """The command that `arguments` ask for, or an exit status where help was shown or the use was wrong."""
+    if not arguments:
+        return complain(
+            f"expected a command: {', '.join(COMMANDS)}; begin with: xception demo, or see: xception --help"
+        )
+    if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+        return complain(str(unknown_name("command", arguments[0], COMMANDS)))
     name = next((a for a in arguments if not a.startswith("-")), None)
     default: Any = tyro.MISSING
     if name == "train":
@@ -59,9 +65,6 @@ def parse(arguments: list[str]) -> Command | int:
     except SystemExit as leave:
         if leave.code in (0, None):
             return 0
-        if not arguments:
-            sys.stderr.write(said.getvalue())
-            return WRONG_USE
         return complain(_first_message(said.getvalue()))
     return cast(Command, command)
 

@@ -13,6 +13,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from xception.cli.output import human_bytes, human_seconds, json_line, table
 from xception.errors import ConfigError
+from xception.training.interrupt import StopRequest
 from xception.training.recipe import NAMED, Recipe, named_recipe, override
 
 
@@ -49,6 +50,10 @@ class Train:
     settings: OmitArgPrefixes[Recipe] = field(default_factory=lambda: NAMED["small"])
 
     def run(self) -> int:
+        with StopRequest():  # already while torch is imported
+            return self._run()
+
+    def _run(self) -> int:
         from xception.training.train import train
 
         options = model_options(self.model_option)
@@ -124,9 +129,10 @@ class Demo:
     """Print a JSON line with test_top1, seconds and bundle at the end."""
 
     def run(self) -> int:
-        from xception.cli.demo import demo
+        with StopRequest():
+            from xception.cli.demo import demo
 
-        return demo(self.out, seed=self.seed, as_json=self.json)
+            return demo(self.out, seed=self.seed, as_json=self.json)
 
 
 def train_defaults(arguments: Sequence[str]) -> Any:

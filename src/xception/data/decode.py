@@ -35,7 +35,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,7 @@ from xception.data.labels import printable
 from xception.errors import ConfigError, ImageError
 
 Pixels = npt.NDArray[np.uint8]
+Encoded: TypeAlias = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class DecodeLimits:
 DEFAULT_LIMITS = DecodeLimits()
 
 
-def decode_image(source: bytes | str | os.PathLike[str] | BinaryIO, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
+def decode_image(source: Encoded | str | os.PathLike[str] | BinaryIO, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
     """Decode one JPEG, PNG, WebP, GIF, BMP or TIFF image.
 
     Args:

@@ -10,12 +10,11 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
-
 from xception.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from torchvision.transforms import InterpolationMode
 
@@ -88,6 +87,7 @@ class Preprocess:
 
     def convert(self, image: npt.NDArray[np.uint8]) -> torch.Tensor:
         """uint8 H W C -> uint8 C H W with the right channels and the image's own size."""
+        import numpy as np
         import torch
 
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.size):

@@ -36,8 +36,8 @@ def with_labels_of(split: Split, names: Sequence[str], model_names: Sequence[str
     unknown = [names[k] for k in sorted(used) if names[k] not in number]
     if unknown:
         raise DataError(
-            f"the data has {len(unknown)} classes that the model does not know: {_some(unknown)}; "
-            f"it knows {_some(model_names)}"
+            f"the data has {len(unknown)} class{'es' * (len(unknown) > 1)} that the model does not know: "
+            f"{_some(unknown)}; it knows {_some(model_names)}"
         )
     to_model = [number.get(name, -1) for name in names]
     targets = tuple(

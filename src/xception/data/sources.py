@@ -53,13 +53,14 @@ BUILT_IN = ("digits", "fashion-mnist")
 
 
 def open_source(
-    spec: str | os.PathLike[str],
+    spec: str | bytes | os.PathLike[str],
     *,
     root: str | os.PathLike[str] | None = None,
     seed: int = 0,
     val_fraction: float = 0.1,
     test_fraction: float = 0.1,
     download: bool = False,
+    min_classes: int = 2,
 ) -> DataSource:
     """Open a data set: its classes, its samples by part, no image decoded yet.
 
@@ -71,13 +72,14 @@ def open_source(
         val_fraction: Share of the training samples, or of all, that becomes 'val' where the data has none; 0 for none.
         test_fraction: Share of all samples that becomes 'test' where the data brings no parts at all; 0 for none.
         download: Let torchvision fetch the files of a named set.
+        min_classes: Data of fewer classes is refused; 1 for data to evaluate on.
 
     Raises:
         DataError: Nothing of that name, or data that cannot be used; one line that says what was expected.
         ConfigError: Fractions out of range, or a `root` where it has no meaning.
     """
-    plan = SplitPlan(seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
-    text = os.fspath(spec)
+    plan = SplitPlan(seed=seed, val_fraction=val_fraction, test_fraction=test_fraction, min_classes=min_classes)
+    text = os.fsdecode(spec)
     base = None if root is None else os.fspath(root)
     named = not isinstance(spec, os.PathLike)
     if named and text == "digits":
@@ -105,7 +107,7 @@ def open_source(
 
 def _no_root(text: str, root: str | None) -> None:
     if root is not None:
-        raise ConfigError(f"root: {printable(text)!r} does not look for files elsewhere, got {printable(root)!r}")
+        raise ConfigError(f"a data root ({printable(root)!r}) has no meaning for {printable(text)!r}: leave it out")
 
 
 def _unknown(text: str) -> str:

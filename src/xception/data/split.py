@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -178,6 +178,8 @@ class SplitPlan:
     """Share of the training samples (of all samples, where there are no parts) that becomes 'val'."""
     test_fraction: float = 0.1
     """Share of all samples that becomes 'test', where the data has no parts at all."""
+    min_classes: int = 2
+    """Data of fewer is refused: nothing can be learnt from one class, but a model can be tried on it."""
 
     def __post_init__(self) -> None:
         check_fractions({"val": self.val_fraction, "test": self.test_fraction})
@@ -230,7 +232,7 @@ def build_source(
     """
     if sum(map(len, given.values())) == 0:
         raise DataError(f"{printable(spec)}: holds no samples")
-    if len(class_names) < (1 if multi_label else 2):
+    if len(class_names) < (1 if multi_label else plan.min_classes):
         found = f"only {printable(class_names[0])!r}" if class_names else "none"
         raise DataError(f"{printable(spec)}: expected at least two classes, found {found}")
     keys = [key for split in given.values() for key in split.keys]
@@ -290,7 +292,7 @@ def drop_samples(source: DataSource, keys: Collection[str]) -> DataSource:
         return source
     given, plan = source.given, source.plan
     if not given:  # put together by hand: the parts are what they are
-        given, plan = source.splits, SplitPlan(seed=plan.seed, val_fraction=0, test_fraction=0)
+        given, plan = source.splits, replace(plan, val_fraction=0, test_fraction=0)
     cleaned = {
         name: without(split, [index for index, key in enumerate(split.keys) if key in dropped])
         for name, split in given.items()

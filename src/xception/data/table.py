@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+from xception.data.containers import IMAGE_SUFFIXES
 from xception.data.folder import PART_NAMES
 from xception.data.labels import Targets, name_classes, printable
 from xception.data.split import DataSource, FileSplit, Split, SplitPlan, build_source
@@ -108,7 +109,21 @@ def _read(path: str) -> tuple[list[_Row], bool]:
     rows += [_row(path, line, cells, columns, width) for line, cells in records]
     if not rows:
         raise DataError(f"{printable(path)}: the table has a header but no rows")
+    if rows[0].line == first[0]:
+        _check_no_header(path, rows)
     return rows, named_labels
+
+
+def _check_no_header(path: str, rows: list[_Row]) -> None:
+    """A header in words that we do not know would become a sample of a class of its own."""
+    names = (os.path.splitext(row.path)[1].lower() in IMAGE_SUFFIXES for row in rows)
+    if not next(names) and next(names, False) and all(names):
+        raise _error(
+            path,
+            rows[0].line,
+            f"looks like a header, but {printable(rows[0].path)},{printable(rows[0].label)} names no path and label "
+            f"column; expected {', '.join(_PATH_COLUMNS)} and {', '.join(_LABEL_COLUMNS)}",
+        )
 
 
 def _records(path: str) -> Iterator[tuple[int, list[str]]]:
@@ -143,7 +158,10 @@ def _header(cells: list[str]) -> _Columns | None:
 
 def _row(path: str, line: int, cells: list[str], columns: _Columns, width: int) -> _Row:
     if len(cells) != width:
-        raise _error(path, line, f"expected {width} cells (path,label or as the first row has them), got {len(cells)}")
+        hint = "; separate them with commas" if len(cells) == 1 and any(c in cells[0] for c in ";\t|") else ""
+        raise _error(
+            path, line, f"expected {width} cells (path,label or as the first row has them), got {len(cells)}{hint}"
+        )
     name, label = cells[columns.path], cells[columns.label]
     if not name or "\0" in name:
         raise _error(path, line, "expected the path of an image, got an empty cell" if not name else "a path with NUL")

@@ -198,9 +198,11 @@ def _construct(name: str, options: _Options, root: str, download: bool) -> Any:
         if download and downloads:
             advice = "the download failed"
         elif downloads:
-            advice = f"its files are not in {where}; fetch them with --download, or say where they are with --root"
+            advice = f"its files are not in {where}; fetch them with --download, or say where they are with --data-root"
         else:
-            advice = f"its files are not in {where}, and torchvision cannot fetch them; say where they are with --root"
+            advice = (
+                f"its files are not in {where}, and torchvision cannot fetch them; say where they are with --data-root"
+            )
         raise DataError(f"torchvision/{name}: {advice} ({_reason(error)})") from error
 
 

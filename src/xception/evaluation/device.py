@@ -16,8 +16,11 @@ def usable_device(choice: torch.device | str | None = None) -> torch.device:
         choice = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(choice)
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device {str(choice)!r} cannot be used: expected one such as cpu, cuda or cuda:1") from error
+    try:
+        torch.ones(1, device=device).cpu()  # there and back: the meta device takes everything and gives nothing
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
         problem = str(error).partition("\n")[0][:160]
         raise ConfigError(f"device {str(choice)!r} cannot be used: {problem}") from error
     return device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class EvaluatedModel:
     source: DataSource
     part: str
     split: Split
+    note: str | None
+    """What a person should know about the choice of images."""
 
 
 def evaluate(
@@ -52,15 +54,23 @@ def evaluate(
     else everything. Raises `WeightsError`, `DataError` or `ConfigError` with one line for what cannot be used.
     """
     network, info = load_model(model)
-    trained_on: Mapping[str, Any] = info.provenance.get("data") or {}
-    splitting = {k: trained_on[k] for k in ("seed", "val_fraction", "test_fraction") if k in trained_on}
+    trained_on = TrainingData.of(info)
     source = open_source(
-        os.fspath(data), root=None if data_root is None else Path(data_root), download=download, **splitting
+        os.fspath(data),
+        root=None if data_root is None else Path(data_root),
+        download=download,
+        seed=trained_on.seed,
+        val_fraction=trained_on.val_fraction,
+        test_fraction=trained_on.test_fraction,
+        min_classes=1,
     )
-    same_data = source.fingerprint == trained_on.get("fingerprint")
-    left_out: dict[str, str] = trained_on.get("bad", {}) if same_data else {}
+    same_data = source.fingerprint == trained_on.fingerprint
+    left_out = trained_on.bad if same_data else {}
     source = drop_samples(source, list(left_out))
     chosen, split = choose_part(source, part, same_data=same_data)
+    note = None
+    if chosen == "all" and part == "auto" and source.spec == trained_on.spec:
+        note = f"{source.spec} has changed since the model was trained on it: all of it is taken, training images too"
     if source.multi_label and not info.multi_label:
         raise DataError(f"{source.spec} has several labels an image, the model was trained for one")
     split = with_labels_of(split, source.class_names, info.class_names)
@@ -87,9 +97,34 @@ def evaluate(
     finally:
         loader.close()
     # Images that training could not read were dealt to no part; here each is an error, as any other bad image.
-    unread = tuple(BadImage(key, str(why)) for key, why in left_out.items())
+    unread = tuple(BadImage(key, why) for key, why in left_out.items())
     evaluation = replace(evaluation, errors=evaluation.errors + unread)
-    return EvaluatedModel(evaluation=evaluation, info=info, source=source, part=chosen, split=split)
+    return EvaluatedModel(evaluation=evaluation, info=info, source=source, part=chosen, split=split, note=note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a bundle's provenance says of the data it was trained on; defaults where it says nothing usable."""
+
+    spec: str | None = None
+    fingerprint: str | None = None
+    seed: int = 0
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    bad: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, info: BundleInfo) -> TrainingData:
+        """Provenance is free JSON that anyone may have written: a value of another type counts as not there."""
+        said = info.provenance.get("data")
+        if not isinstance(said, dict):
+            return cls()
+        kinds = {"spec": str, "fingerprint": str, "seed": int, "val_fraction": float, "test_fraction": float}
+        known: dict[str, Any] = {k: said[k] for k, kind in kinds.items() if type(said.get(k)) is kind}
+        bad = said.get("bad")
+        if isinstance(bad, dict):
+            known["bad"] = {key: str(why) for key, why in bad.items()}
+        return cls(**known)
 
 
 def choose_part(source: DataSource, part: Part, *, same_data: bool) -> tuple[str, Split]:

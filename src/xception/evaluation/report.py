@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xception.data.labels import printable
 from xception.data.split import Split
 from xception.errors import ImageError
 from xception.evaluation import plots
@@ -302,7 +303,7 @@ def _examples(examples: Sequence[Example]) -> str:
 def _errors(e: Evaluation) -> str:
     if not e.errors:
         return ""
-    rows = [[name(error.key), escape(error.reason)] for error in e.errors[:_MAX_ROWS]]
+    rows = [[name(printable(error.key)), escape(error.reason)] for error in e.errors[:_MAX_ROWS]]
     more = len(e.errors) - len(rows)
     return table(["image", "reason"], rows) + (f"<p>and {more:,} more</p>" if more else "")
 

@@ -30,7 +30,7 @@ def expand_inputs(
     - a folder is every image in it and below it (by suffix), sorted, without names that begin with a dot; a
       folder reached twice through symbolic links is entered once;
     - a glob (``*``, ``?``, ``[...]``, ``**``) that is no existing name is what it matches, sorted, as a shell
-      would have given it; a folder it matches counts as a folder;
+      would have given it; a folder it matches counts as a folder, and what lies in it comes once;
     - ``-`` is `stdin` (binary), one path a line, not expanded further; empty lines are passed over.
 
     What is missing, matches nothing, or holds no image comes out as a `FailedImage` in its place.
@@ -109,8 +109,12 @@ def _matches(pattern: str) -> Iterator[str | FailedImage]:
         return
     if not matches:
         yield FailedImage(pattern, "nothing matches this pattern")
-    for match in matches:
-        yield from _named(match)
+    folders: set[Path] = set()  # searched through: what they hold has been named, and is not named again
+    for match in map(Path, matches):
+        if folders.isdisjoint(match.parents):
+            if match.is_dir():
+                folders.add(match)
+            yield from _named(str(match))
 
 
 def _lines(stdin: BinaryIO | None) -> Iterator[str | FailedImage]:

@@ -27,7 +27,9 @@ from xception.weights.load import load_model
 
 __all__ = ["FailedImage", "LabelScore", "Prediction", "Predictor", "expand_inputs"]
 
-ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | Tensor"
+ImageInput: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8] | Tensor"
+)
 
 
 class LabelScore(NamedTuple):
@@ -89,9 +91,9 @@ class Predictor:
     ) -> Prediction | list[Prediction]:
         """The `top` best classes of one image, or of each in a list or tuple, in order.
 
-        An image is a path, the bytes of an image file, a PIL image, a uint8 array H W C (C = 1 or 3), or a
-        uint8 tensor C H W. Raises `ImageError` for a file that is no image and for a wrong type or shape
-        (naming its place in the list), `DataError` where the network's scores are not finite.
+        An image is a path, the bytes of an image file (in any bytes-like object), a PIL image, a uint8 array
+        H W C (C = 1 or 3), or a uint8 tensor C H W. Raises `ImageError` for a file that is no image and for a
+        wrong type or shape (naming its place in the list), `DataError` where the network's scores are not finite.
         """
         _check_sizes(top, batch_size)
         if not isinstance(images, list | tuple):
@@ -118,8 +120,7 @@ class Predictor:
         """
         _check_sizes(top, batch_size)
         workers = min(os.cpu_count() or 1, 8) if workers is None else workers
-        if workers < 1:
-            raise ConfigError(f"workers must be at least 1; got {workers}")
+        _check_count("workers", workers)
         return self._stream(paths, top, batch_size, workers)
 
     def _stream(
@@ -204,10 +205,13 @@ class _Prepared(NamedTuple):
 
 
 def _check_sizes(top: int, batch_size: int) -> None:
-    if top < 1:
-        raise ConfigError(f"top must be at least 1; got {top}")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1; got {batch_size}")
+    _check_count("top", top)
+    _check_count("batch_size", batch_size)
+
+
+def _check_count(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
 
 
 def _path_of(image: Any) -> str | None:
@@ -216,7 +220,7 @@ def _path_of(image: Any) -> str | None:
 
 def _as_array(image: Any) -> NDArray[np.uint8]:
     """Any accepted image as uint8 H W C; raises `ImageError`."""
-    if isinstance(image, str | os.PathLike | bytes):
+    if isinstance(image, str | os.PathLike | bytes | bytearray | memoryview):
         return decode_image(image)
     if isinstance(image, Image.Image):
         return _from_pillow(image)

@@ -23,7 +23,8 @@ MAX_SIDE = 1 << 14
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not among `known`: it names close matches, or else all of them if few."""
     names = list(known)
-    close = get_close_matches(str(name), names, n=3, cutoff=0.5)
+    by_lower = {known_name.lower(): known_name for known_name in names}
+    close = [by_lower[match] for match in get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.5)]
     if close:
         hint = f"did you mean {' or '.join(close)}?"
     else:

@@ -113,4 +113,5 @@ class Classifier(nn.Module):
 
 
 def _relu(count: int) -> tuple[HiddenActivation, ...]:
-    return ("relu",) * count
+    relu: HiddenActivation = "relu"
+    return (relu,) * count

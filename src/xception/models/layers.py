@@ -31,7 +31,11 @@ def activation(name: Activation) -> nn.Module:
 
 
 def check_input(x: Tensor, *, in_channels: int, minimum_size: int) -> None:
-    """Raise `ConfigError` unless `x` is N C H W with `in_channels` channels and sides >= `minimum_size`."""
+    """Raise `ConfigError` unless `x` is floating N C H W with `in_channels` channels and sides >= `minimum_size`."""
+    if not isinstance(x, Tensor):
+        raise ConfigError(f"expected a tensor of N C H W, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise ConfigError(f"expected a floating-point tensor (see Preprocess), got {x.dtype}")
     if x.dim() != 4:
         raise ConfigError(f"expected a tensor of N C H W, got {x.dim()} dimensions: {tuple(x.shape)}")
     if x.shape[1] != in_channels:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from xception.errors import WeightsError
+from xception.errors import TrainingError, WeightsError
 from xception.training.optimizers import PolyakAverage
 from xception.weights.container import (
     encode_json,
@@ -31,6 +32,7 @@ from xception.weights.files import atomic_write, open_regular, shown
 
 FORMAT = "xception-checkpoint"
 KEPT = 2
+_METRICS = "metrics"
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
 
@@ -43,6 +45,8 @@ class Progress:
     epoch: int = 0
     batches: int = 0
     """Batches of this epoch that are done."""
+    learning_rate: float = 0.0
+    """That of the last update."""
     loss_sum: float = 0.0
     correct: int = 0
     count: int = 0
@@ -50,7 +54,6 @@ class Progress:
     best_epoch: int | None = None
     skipped: int = 0
     skipped_in_a_row: int = 0
-    metrics_lines: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     """Images that could not be read so far: key -> reason."""
     seconds: float = 0.0
@@ -72,21 +75,28 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     progress: Progress,
     run: dict[str, Any],
+    metrics: bytes = b"",
 ) -> Path:
     """Write the state after ``progress.step`` updates into `folder`, then drop all but the last two.
 
-    `run` is what must be equal when the run is resumed. Raises `WeightsError` where the system does not let it
-    write; the older checkpoints are untouched then.
+    `run` is what must be equal when the run is resumed, `metrics` the log up to here. Raises `TrainingError`
+    where a number is not finite, which nothing could go on from, and `WeightsError` where the system does not
+    let it write; the older checkpoints are untouched then.
     """
+    state_tensors = run_state(model, average, optimizer)
+    if broken := not_finite(state_tensors):
+        raise TrainingError(f"no checkpoint of step {progress.step} is written: {broken} is not finite")
     tensors: dict[str, Tensor] = {}
     orders: dict[str, list[int]] = {}
-    for name, tensor in _state(model, average, optimizer).items():
+    for name, tensor in state_tensors.items():
         # Stored in memory order: a layout (channels last) that came back different could change later sums.
         order = list(tensor.dim_order()) if tensor.dim() else []
         if order != sorted(order):
             orders[name] = order
             tensor = tensor.permute(order)
         tensors[name] = tensor.detach().cpu().contiguous()
+    # As a tensor: the header, which is read before anything is believed, has a limit that long runs would meet.
+    tensors[_METRICS] = torch.tensor(list(metrics), dtype=torch.uint8)
     state = {
         "progress": dataclasses.asdict(progress),
         "run": run,
@@ -121,6 +131,7 @@ class Checkpoint:
     progress: Progress
     run: dict[str, Any]
     scaler: dict[str, Any]
+    metrics: bytes
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -158,7 +169,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, order in state["orders"].items():
             inverse = [order.index(i) for i in range(len(order))]
             tensors[name] = tensors[name].permute(inverse)
-        return Checkpoint(path, tensors, Progress(**state["progress"]), state["run"], state["scaler"])
+        metrics = bytes(tensors.pop(_METRICS).tolist())
+        progress = Progress(**state["progress"])
+        return Checkpoint(path, tensors, progress, state["run"], state["scaler"], metrics)
     except WeightsError as error:
         raise WeightsError(f"unusable checkpoint {shown(path)}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -200,7 +213,14 @@ def restore(
     scaler.load_state_dict(checkpoint.scaler)
 
 
-def _state(model: nn.Module, average: PolyakAverage, optimizer: Optimizer) -> dict[str, Tensor]:
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    floating = [(name, t) for name, t in tensors.items() if t.is_floating_point()]
+    return next((name for name, t in floating if not bool(t.isfinite().all())), None)
+
+
+def run_state(model: nn.Module, average: PolyakAverage, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every tensor that decides the rest of a run: weights, their average, what the optimiser has gathered."""
     state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     state |= {f"average/{name}": tensor for name, tensor in average.average.state_dict().items()}
     for name, parameter in model.named_parameters():

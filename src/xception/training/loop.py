@@ -1,62 +1,48 @@
-"""The training loop, in plain code: prepare, (resume,) step, average, evaluate, record, checkpoint."""
+"""The training loop, in plain code: restore or begin, step, average, evaluate, record, checkpoint.
+
+What learns when, and at which rate, is in `phases`; the step itself in `step`; the folder's lock in `run_folder`;
+what is written there in `record` and `checkpoint`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from xception.data.loader import Batch
-from xception.errors import ConfigError, TrainingError
+from xception.data.loader import Batch, Loader
+from xception.errors import ConfigError, DataError, TrainingError
 from xception.evaluation.metrics import Evaluation, evaluate_model
 from xception.ops.backend import active_backend
 from xception.training import checkpoint as checkpoints
+from xception.training import phases
 from xception.training.checkpoint import Progress
 from xception.training.interrupt import Stopped, StopRequest
 from xception.training.losses import balanced_weights
-from xception.training.optimizers import PolyakAverage, build_optimizer, head_module, rate_factor, set_rate
+from xception.training.optimizers import PolyakAverage, build_optimizer, set_rate
 from xception.training.prepare import Plan
 from xception.training.progress import MetricsLog, Reporter, TensorBoard
-from xception.training.record import describe_run, write_bundle, write_outputs, write_run_files
+from xception.training.record import (
+    BEST_NAME,
+    TrainResult,
+    describe_run,
+    write_bundle,
+    write_dump,
+    write_outputs,
+    write_run_files,
+)
+from xception.training.run_folder import require_same_run, run_folder
 from xception.training.step import StepConfig, StepResult, train_step
+from xception.weights.files import shown
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a run left: the run folder, its bundle, and the figures of the last epoch and of the test part."""
-
-    out: Path
-    bundle: Path
-    epochs: int
-    seconds: float
-    history: tuple[Mapping[str, Any], ...]
-    val: Evaluation | None
-    test: Evaluation | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe figures; ``None`` where there was no such part of the data."""
-        figures: dict[str, Any] = {
-            "out": str(self.out),
-            "bundle": str(self.bundle),
-            "epochs": self.epochs,
-            "seconds": round(self.seconds, 3),
-        }
-        for part, evaluation in (("val", self.val), ("test", self.test)):
-            for name in ("loss", "top1", "top5"):
-                figures[f"{part}_{name}"] = None if evaluation is None else getattr(evaluation, name)
-        return figures
 
 
 def run_training(
@@ -66,60 +52,51 @@ def run_training(
     resume: bool = False,
     tensorboard: bool = False,
     reporter: Reporter | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Carry out `plan` in the run folder `out`.
 
     With `resume`, a run that was stopped there goes on bit for bit (same machine, same number of threads), and
     one that never began begins. Raises `Stopped` after SIGINT or SIGTERM, when a checkpoint has been written,
-    `TrainingError` after ten non-finite steps in a row, `ConfigError` where `out` holds another run.
+    `TrainingError` after ten non-finite steps in a row, `ConfigError` where `out` holds another run. `stop` is
+    a `StopRequest` that was entered before, where there is one.
     """
     reporter = reporter or Reporter()
     active_backend()  # says so, once, where only plain PyTorch is there
-    with run_folder(out, resume=resume), reporter, contextlib.ExitStack() as stack:
-        run = Run(plan, out, reporter, tensorboard=tensorboard, stack=stack)
-        run.restore_or_begin()
-        with StopRequest() as stop:
-            run.stop = stop
+    with contextlib.ExitStack() as stack:
+        if stop is None:
+            stop = stack.enter_context(StopRequest())
+        stack.enter_context(reporter)
+        run = Run(plan, out, reporter, stop, stack)  # what cannot be built leaves no folder
+        stack.enter_context(run_folder(out, resume=resume))
+        run.restore_or_begin(tensorboard=tensorboard)
+        with stop.deferred():
             run.train()
             return run.finish()
-
-
-@contextlib.contextmanager
-def run_folder(out: Path, *, resume: bool) -> Iterator[None]:
-    """Hold the run folder for this process; refuse one that holds a run already, unless it is to be resumed."""
-    try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the run folder {out}: {error.strerror}") from error
-    lock: IO[str] = (out / "run.lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is training in {out}") from None
-        if not resume and (out / "recipe.json").exists():
-            raise ConfigError(f"{out} holds a run already: give --resume to go on with it, or another --out")
-        yield
 
 
 class Run:
     """The state of one training run, and the few things that happen to it."""
 
     def __init__(
-        self, plan: Plan, out: Path, reporter: Reporter, *, tensorboard: bool, stack: contextlib.ExitStack
+        self, plan: Plan, out: Path, reporter: Reporter, stop: StopRequest, stack: contextlib.ExitStack
     ) -> None:
         recipe = plan.recipe
-        self.plan, self.out, self.reporter = plan, out, reporter
-        self.stop = StopRequest()
-        self.model = plan.build_model().to(plan.device)
+        self.plan, self.out, self.reporter, self.stop, self._stack = plan, out, reporter, stop, stack
+        self.model = plan.build_model(reporter.say).to(plan.device)
+        self.loader = plan.train_loader()
+        self.smallest_batch = phases.smallest_batch(self.model, recipe)
+        if self.loader.batch_size < self.smallest_batch:
+            raise ConfigError(
+                f"batch_size must be at least {self.smallest_batch} for {plan.model}, whose batch normalisation "
+                f"cannot learn from a single image; got {self.loader.batch_size}"
+            )
         if recipe.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        average = copy.deepcopy(self.model)
-        self.average = PolyakAverage(self.model, average, recipe.polyak_decay)
+        self.average = PolyakAverage(self.model, copy.deepcopy(self.model), recipe.polyak_decay)
         self.network: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=recipe.precision == "fp16")
-        self.loader = plan.train_loader()
         self.val_loader = None if plan.val is None else plan.evaluation_loader(plan.val)
         for loader in (self.loader, self.val_loader):
             if loader is not None:
@@ -134,34 +111,42 @@ class Run:
             device=plan.device,
             channels_last=recipe.channels_last,
         )
+        self.described = describe_run(plan)
         self.progress = Progress()
+        self.last_checkpoint: Path | None = None
         self.val: Evaluation | None = None
-        self.board = TensorBoard(out / "tensorboard") if tensorboard else None
-        if self.board is not None:
-            stack.callback(self.board.close)
+        self.board: TensorBoard | None = None
         self._checkpoint_time = time.monotonic()
 
     # ---- beginning ------------------------------------------------------------------------------------------
 
-    def restore_or_begin(self) -> None:
+    def restore_or_begin(self, *, tensorboard: bool) -> None:
         """Go on from the newest undamaged checkpoint; without one, write the run's description and begin."""
-        described = describe_run(self.plan)
         found, notices = checkpoints.load_latest(self.out / "checkpoints")
         for notice in notices:
             self.reporter.say(notice)
         if found is None:
-            write_run_files(self.plan, self.out, described)
+            write_run_files(self.plan, self.out, self.described)
         else:
-            _require_same_run(found.run, described, self.out)
+            require_same_run(found.run, self.described, self.out)
             checkpoints.restore(
                 found, model=self.model, average=self.average, optimizer=self.optimizer, scaler=self.scaler
             )
-            self.progress = found.progress
+            self.progress, self.last_checkpoint = found.progress, found.path
             self.reporter.say(
                 f"going on from {found.path.name}: epoch {found.progress.epoch + 1}, step {found.progress.step}"
             )
+            if not (self.out / "recipe.json").exists() or not (self.out / "split.json").exists():
+                write_run_files(self.plan, self.out, self.described)
+            if self.progress.best_epoch is not None and not (self.out / BEST_NAME).exists():
+                self.reporter.say(f"{BEST_NAME} is gone: the best of the epochs from here on will be kept")
+                self.progress.best_value = self.progress.best_epoch = None
         self.progress.bad |= {image.key: image.reason for image in self.plan.bad}
-        self.metrics = MetricsLog(self.out / "metrics.jsonl", self.progress.metrics_lines)
+        self.metrics = MetricsLog(self.out / "metrics.jsonl", b"" if found is None else found.metrics)
+        if tensorboard:
+            self.board = TensorBoard(self.out / "tensorboard", first_epoch=self.progress.epoch + 1)
+            self._stack.callback(self.board.close)
+        self._checkpoint_time = time.monotonic()
 
     def _class_weights(self) -> torch.Tensor | None:
         if self.plan.recipe.loss.class_weights == "none":
@@ -181,18 +166,17 @@ class Run:
             began = time.monotonic()
             images = self._train_epoch()
             seconds = time.monotonic() - began
+            self._require_finite()
             self.val = self._evaluate(self.val_loader, "validation")
             self._record(images / max(seconds, 1e-9))
-            progress.seconds += time.monotonic() - began
             progress.epoch, progress.batches = progress.epoch + 1, 0
             progress.loss_sum, progress.correct, progress.count = 0.0, 0, 0
             self.checkpoint()
 
     def _train_epoch(self) -> int:
         progress, recipe = self.progress, self.plan.recipe
-        head_only = progress.epoch < recipe.head_epochs
-        self._set_trainable(head_only)
-        if progress.epoch == recipe.head_epochs and progress.batches == 0 and head_only is False:
+        phases.set_trainable(self.model, recipe, head_only=progress.epoch < recipe.head_epochs)
+        if progress.epoch == recipe.head_epochs and progress.batches == 0:
             self.optimizer.state.clear()  # what the head's own phase gathered says nothing about the whole
         total = len(self.loader)
         self.reporter.begin(f"epoch {progress.epoch + 1}/{recipe.epochs}", total, progress.batches)
@@ -201,16 +185,16 @@ class Run:
         for number, batch in enumerate(
             self.loader.epoch(progress.epoch, start_batch=progress.batches), start=progress.batches + 1
         ):
+            if self.stop.signal_number is not None:
+                self._stop()
             self._note_bad(batch)
             group.append(batch)
             if len(group) < recipe.accumulate and number < total:
                 continue
             result = self._step(group, number)
             images += result.count
-            self.reporter.advance(result.count, f"loss {result.loss / max(result.count, 1):.3f}")
+            self.reporter.advance(result.count, f"loss {result.loss / max(result.count, 1):.3f}", len(group))
             group = []
-            if self.stop.signal_number is not None:
-                self._stop()
             if time.monotonic() - self._checkpoint_time > 60 * recipe.checkpoint_minutes:
                 self.checkpoint()
         self.reporter.end()
@@ -218,13 +202,17 @@ class Run:
 
     def _step(self, group: Sequence[Batch], number: int) -> StepResult:
         progress, recipe = self.progress, self.plan.recipe
-        set_rate(self.optimizer, self.learning_rate())
-        # Batch normalisation cannot learn from fewer than two images: bad images may have left only one.
-        usable = [b for b in group if len(b.images) > 1]
+        progress.learning_rate = self.learning_rate()
+        set_rate(self.optimizer, progress.learning_rate)
+        # Bad images may have left fewer than batch normalisation can learn from.
+        usable = [b for b in group if len(b.images) >= self.smallest_batch]
         scale = self.scaler.get_scale()
         seed = (recipe.seed * 0x9E3779B97F4A7C15 + progress.step * 0xBF58476D1CE4E5B9) % 2**63
-        # A compiled network would be compiled anew for every momentum of the first steps.
-        network = self.network if self._set_norm_momentum() else self.model
+        share = phases.norm_share(recipe, progress.step, trained=self.plan.weights is not None)
+        for norm in phases.batch_norms(self.model):
+            norm.momentum = share
+        # A compiled network would be compiled anew for every share of the first steps.
+        network = self.network if share == recipe.norm_momentum else self.model
         result = train_step(network, self.optimizer, self.scaler, usable, seed=seed, config=self.config)
         if result.applied:
             if recipe.polyak_decay:
@@ -245,45 +233,19 @@ class Run:
         progress.step += 1
         progress.batches = number
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self._give_up(usable, seed)
+            why = f"loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row"
+            self._give_up(why, usable, seed)
         return result
 
-    def _set_norm_momentum(self) -> bool:
-        """The share of each batch in the running statistics; True once it is the lasting one.
-
-        The statistics start at mean 0 and variance 1, which says nothing: the first batches are averaged evenly
-        (shares 1, 1/2, 1/3, ...), so that nothing of that start is left. In a short run it would still outweigh
-        the true variances many times over. Statistics that came with weights are a better start, and are kept.
-        """
-        share = self.plan.recipe.norm_momentum
-        if self.plan.weights is None:
-            share = max(share, 1 / (self.progress.step + 1))
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = share
-        return share == self.plan.recipe.norm_momentum
-
     def learning_rate(self) -> float:
-        """The rate of the next step. The head's own phase runs at a constant rate, the schedule begins after it."""
-        progress, recipe = self.progress, self.plan.recipe
-        if progress.epoch < recipe.head_epochs:
-            return recipe.optimizer.learning_rate
-        per_epoch = len(self.loader) * self.loader.batch_size
-        samples = (progress.epoch - recipe.head_epochs) * per_epoch + progress.batches * self.loader.batch_size
-        return recipe.optimizer.learning_rate * rate_factor(
-            recipe.schedule, samples, samples_per_epoch=per_epoch, epochs=recipe.epochs - recipe.head_epochs
+        """The rate of the next step."""
+        return phases.learning_rate(
+            self.plan.recipe,
+            epoch=self.progress.epoch,
+            batches=self.progress.batches,
+            batches_per_epoch=len(self.loader),
+            batch_size=self.loader.batch_size,
         )
-
-    def _set_trainable(self, head_only: bool) -> None:
-        """Training mode for what learns; the statistics of a trunk that is frozen, or kept, stay as they are."""
-        self.network.train()
-        head = set(head_module(self.model).modules())
-        self.model.requires_grad_(not head_only)
-        head_module(self.model).requires_grad_(True)
-        for module in self.model.modules():
-            trunk_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in head
-            if trunk_norm and (head_only or self.plan.recipe.norm_statistics == "frozen"):
-                module.eval()
 
     # ---- evaluating, recording ------------------------------------------------------------------------------
 
@@ -293,7 +255,7 @@ class Run:
             self.average.copy()
         return self.average.average
 
-    def _evaluate(self, loader: Any, title: str) -> Evaluation | None:
+    def _evaluate(self, loader: Loader | None, title: str) -> Evaluation | None:
         if loader is None:
             return None
         self.reporter.begin(title, len(loader))
@@ -303,26 +265,35 @@ class Run:
             if self.stop.signal_number is not None:
                 self._stop()
 
-        evaluation = evaluate_model(
-            self.averaged(),
-            loader,
-            class_names=self.plan.class_names,
-            multi_label=self.plan.multi_label,
-            device=self.plan.device,
-            precision=self.plan.recipe.precision,
-            progress=advance,
-        )
+        network, finite = self.averaged(), []
+        hook = network.register_forward_hook(lambda _, __, scores: finite.append(bool(scores.isfinite().all())))
+        try:
+            evaluation = evaluate_model(
+                network,
+                loader,
+                class_names=self.plan.class_names,
+                multi_label=self.plan.multi_label,
+                device=self.plan.device,
+                precision=self.plan.recipe.precision,
+                progress=advance,
+            )
+        except DataError:
+            if any(finite) or not finite:
+                raise
+            self._give_up(f"{title}: the network's scores are not finite", (), None)
+        finally:
+            hook.remove()
         self.reporter.end()
         return evaluation
 
     def _record(self, images_per_second: float) -> None:
         progress, val = self.progress, self.val
-        record = {
+        record: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            "learning_rate": self.optimizer.param_groups[-1]["lr"],
-            "train_loss": progress.loss_sum / max(progress.count, 1),
-            "train_top1": progress.correct / max(progress.count, 1),
+            "learning_rate": progress.learning_rate,
+            "train_loss": progress.loss_sum / progress.count if progress.count else None,
+            "train_top1": progress.correct / progress.count if progress.count else None,
             "val_loss": None if val is None else val.loss,
             "val_top1": None if val is None else val.top1,
             "val_top5": None if val is None else val.top5,
@@ -330,15 +301,16 @@ class Run:
             "bad_images": len(progress.bad),
             "images_per_second": round(images_per_second, 1),
         }
-        progress.metrics_lines = self.metrics.append(record)
+        self.metrics.append(record)
         if self.board is not None:
             self.board.append(record)
-        value = record["val_top1"] if val is not None else -record["train_loss"]
-        best = progress.best_value is None or value > progress.best_value
+        value = val.top1 if val is not None else -record["train_loss"] if progress.count else None
+        best = value is not None and (progress.best_value is None or value > progress.best_value)
         if best:
             progress.best_value, progress.best_epoch = value, progress.epoch + 1
-            write_bundle(self.plan, self.averaged(), self.out / "best.safetensors", record)
-        line = f"epoch {record['epoch']}/{self.plan.recipe.epochs}: train loss {record['train_loss']:.4f}"
+            write_bundle(self.plan, self.averaged(), self.out / BEST_NAME, record)
+        line = f"epoch {record['epoch']}/{self.plan.recipe.epochs}: "
+        line += f"train loss {record['train_loss']:.4f}" if progress.count else "no step was possible"
         if val is not None:
             line += f", validation loss {val.loss:.4f}, top-1 {val.top1:.4f}"
         self.reporter.say(f"{line}, {images_per_second:,.0f} images/s" + (" (best so far)" if best else ""))
@@ -360,6 +332,9 @@ class Run:
 
     def checkpoint(self) -> Path:
         """Write the state as it is now."""
+        self._require_finite()
+        now = time.monotonic()
+        self.progress.seconds += now - self._checkpoint_time
         path = checkpoints.save_checkpoint(
             self.out / "checkpoints",
             model=self.model,
@@ -367,9 +342,10 @@ class Run:
             optimizer=self.optimizer,
             scaler=self.scaler,
             progress=self.progress,
-            run=describe_run(self.plan),
+            run=self.described,
+            metrics=self.metrics.written,
         )
-        self._checkpoint_time = time.monotonic()
+        self.last_checkpoint, self._checkpoint_time = path, now
         return path
 
     def _stop(self) -> None:
@@ -377,25 +353,33 @@ class Run:
         assert number is not None
         self.reporter.end()
         path = self.checkpoint()
-        raise Stopped(number, f"stopped by signal {number}; checkpoint written: {path} (go on with --resume)")
+        raise Stopped(number, f"stopped by signal {number}; checkpoint written: {shown(path)} (go on with --resume)")
 
-    def _give_up(self, batches: Sequence[Batch], seed: int) -> None:
-        path = self.out / f"dump-step-{self.progress.step:09d}.json"
-        dump = {
-            "step": self.progress.step,
-            "epoch": self.progress.epoch + 1,
-            "seed": seed,
-            "learning_rate": self.learning_rate(),
-            "images": [self.plan.train.keys[int(i)] for b in batches for i in b.indices],
-            "largest_weights": {
-                n: float(p.detach().abs().max()) for n, p in self.model.named_parameters() if p.numel()
-            },
-        }
-        path.write_text(json.dumps(dump, indent=1), encoding="utf-8")
-        self.checkpoint()
+    def _broken(self) -> str | None:
+        return checkpoints.not_finite(checkpoints.run_state(self.model, self.average, self.optimizer))
+
+    def _require_finite(self) -> None:
+        """Leave where an update, of a finite gradient, was too large for the weights: nothing could follow."""
+        broken = self._broken()
+        if broken is not None:
+            self._give_up(f"{broken} is no longer finite after step {self.progress.step}", (), None)
+
+    def _give_up(self, why: str, batches: Sequence[Batch], seed: int | None) -> NoReturn:
+        """Keep what is good, write down what happened, and raise."""
+        self.reporter.end()
+        if self._broken() is None:
+            self.checkpoint()
+        dump = write_dump(
+            self.plan, self.out, self.model, self.progress, batches, why=why, seed=seed, rate=self.learning_rate()
+        )
+        last = self.last_checkpoint
+        kept = (
+            "no checkpoint was written before"
+            if last is None
+            else f"the last weights that are finite are in {shown(last)}"
+        )
         raise TrainingError(
-            f"loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row (a lower --learning-rate, or "
-            f"--precision fp32?); last good weights are in the checkpoint, details in {path}"
+            f"{why} (try a lower --learning-rate, or --precision fp32); {kept}, details in {shown(dump)}"
         )
 
     def finish(self) -> TrainResult:
@@ -426,14 +410,3 @@ class Run:
             val=self.val,
             test=test,
         )
-
-
-def _require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """A resumed run must be the same run: name every setting that is not."""
-    different = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if different:
-        raise ConfigError(f"cannot resume {out}: {'; '.join(different)}")

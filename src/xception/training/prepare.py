@@ -19,10 +19,11 @@ from xception.data.preprocess import Preprocess
 from xception.data.relabel import as_label_sets
 from xception.data.sources import DataSource, Split, clean_source, drop_samples, open_source
 from xception.errors import ConfigError, DataError
+from xception.evaluation.device import usable_device
 from xception.models import registry
 from xception.training.recipe import Recipe
 from xception.weights.bundle import BundleInfo, read_bundle_info
-from xception.weights.load import create_model
+from xception.weights.load import create_with_transfer
 
 Say = Callable[[str], None]
 
@@ -60,17 +61,20 @@ class Plan:
     def test(self) -> Split | None:
         return self.source.splits.get("test")
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, say: Say = lambda _: None) -> nn.Module:
         """The network with its initial weights: random from the recipe's seed, or a trunk from a file."""
         torch.manual_seed(self.recipe.seed)
         if self.weights is None:
             return registry.build(self.model, self.config)
-        return create_model(
+        model, transfer = create_with_transfer(
             self.model,
             weights=self.weights,
             class_names=self.class_names,
             **registry.config_to_dict(self.config),
         )
+        new = f"; new and random: {', '.join(transfer.fresh)}" if transfer.fresh else ""
+        say(f"{len(transfer.loaded)} tensors from {self.weights}{new}")
+        return model
 
     def _labelled(self, split: Split) -> Split:
         return as_label_sets(split) if self.multi_label else split
@@ -153,7 +157,7 @@ def prepare(
         bad=bad,
         multi_label=multi_label,
         weights=None if weights is None else os.fspath(weights),
-        device=_device(device),
+        device=usable_device(device),
     )
 
 
@@ -227,14 +231,3 @@ def _readable(
         on_bad=lambda image: say(f"bad image, left out: {image}"),
     )
     return cleaned, tuple(bad)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device

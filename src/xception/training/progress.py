@@ -8,12 +8,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from xception.errors import ConfigError
+from xception.errors import ConfigError, TrainingError
+from xception.weights.files import atomic_write, reason, shown
 
 
 class Reporter:
@@ -48,12 +49,12 @@ class Reporter:
         self._bar.start()
         self._task = self._bar.add_task(title, total=batches, completed=done, rate="")
 
-    def advance(self, images: int, note: str = "") -> None:
-        """One batch of `images` images is done."""
+    def advance(self, images: int, note: str = "", batches: int = 1) -> None:
+        """`batches` batches, of `images` images together, are done."""
         self._images += images
         if self._bar is not None:
             rate = self._images / max(time.monotonic() - self._started, 1e-9)
-            self._bar.update(self._task, advance=1, rate=f"{rate:,.0f} images/s {note}")
+            self._bar.update(self._task, advance=batches, rate=f"{rate:,.0f} images/s {note}")
 
     def end(self) -> None:
         """Take the bar away."""
@@ -71,37 +72,49 @@ class Reporter:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object an epoch, cut back to `lines` lines where a run is resumed."""
+    """``metrics.jsonl``: one JSON object an epoch.
 
-    def __init__(self, path: Path, lines: int) -> None:
+    The file is written anew from `written`, the log as the checkpoint has it: lines of epochs that a killed run did
+    not finish go, and a file that was damaged or deleted comes back.
+    """
+
+    def __init__(self, path: Path, written: bytes = b"") -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = []
-        kept = b""
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True)[:lines]:
-                self.records.append(json.loads(line))
-                kept += line
-        path.write_bytes(kept)
+        self.written = written
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in written.splitlines()]
 
-    def append(self, record: Mapping[str, Any]) -> int:
-        """Write one record through to the disk; returns the number of lines."""
+        def write(stream: BinaryIO) -> None:
+            stream.write(written)
+
+        atomic_write(path, write)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one record; on the disk when this returns. Raises `TrainingError` where it cannot be written."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode("ascii")
+        try:
+            with self.path.open("ab") as stream:
+                stream.write(line)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise TrainingError(f"cannot write {shown(self.path)}: {reason(error)}") from error
         self.records.append(dict(record))
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        return len(self.records)
+        self.written += line
 
 
 class TensorBoard:
     """The same figures as TensorBoard events, where it is asked for (extra `track`)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, first_epoch: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError("TensorBoard is not installed: pip install 'xception[track]'") from None
-        self._writer: Any = SummaryWriter(str(folder))
+        try:
+            # What a killed run told of epochs that are now trained again is to be forgotten.
+            self._writer: Any = SummaryWriter(str(folder), purge_step=first_epoch)
+        except OSError as error:
+            raise TrainingError(f"cannot write {shown(folder)}: {reason(error)}") from error
 
     def append(self, record: Mapping[str, Any]) -> None:
         """One point for every figure of the epoch."""

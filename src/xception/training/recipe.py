@@ -61,7 +61,7 @@ class OptimizerConfig:
         _require(
             _finite(self.learning_rate) and self.learning_rate > 0,
             "learning_rate",
-            "above 0",
+            "a finite number above 0",
             self.learning_rate,
         )
         _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
@@ -174,7 +174,8 @@ class InputConfig:
         _require(0 < self.crop_fraction <= 1, "crop_fraction", "in (0, 1]", self.crop_fraction)
         _require(0 <= self.val_fraction < 1, "val_fraction", "in [0, 1)", self.val_fraction)
         _require(0 <= self.test_fraction < 1, "test_fraction", "in [0, 1)", self.test_fraction)
-        _require(self.val_fraction + self.test_fraction < 1, "val_fraction + test_fraction", "below 1", None)
+        total = self.val_fraction + self.test_fraction
+        _require(total < 1, "val_fraction + test_fraction", "below 1", total)
         _require(0 <= self.max_bad_share <= 1, "max_bad_share", "in [0, 1]", self.max_bad_share)
         _require(0 <= self.workers <= 256, "workers", "in 0..256", self.workers)
 

@@ -1,24 +1,58 @@
-"""What a run folder holds: recipe.json and split.json at the start, bundles and report.html at the end."""
+"""What a run folder holds: recipe.json and split.json at the start, bundles and report.html at the end.
+
+The same run writes the same bytes, whenever and however often it was interrupted; only metrics.jsonl, the report's
+curves and a checkpoint tell how fast it was.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
+from xception.data.loader import Batch
 from xception.evaluation.metrics import Evaluation
-from xception.evaluation.report import write_report
+from xception.evaluation.report import mistake_examples, write_report
 from xception.models import registry
 from xception.training.checkpoint import Progress
 from xception.training.prepare import Plan
 from xception.training.recipe import FREE_FIELDS, flat_values, recipe_to_dict
 from xception.weights.bundle import BUNDLE_NAME, BundleInfo, save_bundle
 from xception.weights.files import atomic_write
+
+BEST_NAME = "best.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run left: the run folder, its bundle, and the figures of the last epoch and of the test part."""
+
+    out: Path
+    bundle: Path
+    epochs: int
+    seconds: float
+    history: tuple[Mapping[str, Any], ...]
+    val: Evaluation | None
+    test: Evaluation | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe figures; ``None`` where there was no such part of the data."""
+        figures: dict[str, Any] = {
+            "out": str(self.out),
+            "bundle": str(self.bundle),
+            "epochs": self.epochs,
+            "seconds": round(self.seconds, 3),
+        }
+        for part, evaluation in (("val", self.val), ("test", self.test)):
+            for name in ("loss", "top1", "top5"):
+                figures[f"{part}_{name}"] = None if evaluation is None else getattr(evaluation, name)
+        return figures
 
 
 def describe_run(plan: Plan) -> dict[str, Any]:
@@ -29,7 +63,8 @@ def describe_run(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "config": registry.config_to_dict(plan.config),
         "preprocess": plan.preprocess.to_dict(),
-        "data fingerprint": plan.opened,
+        "data fingerprint": plan.opened[:16],
+        "fingerprint of the readable data": plan.source.fingerprint[:16],
         "weights": plan.weights,
     }
     as_json: dict[str, Any] = json.loads(json.dumps(run))
@@ -84,6 +119,7 @@ def known_bad(out: Path, fingerprint: str) -> dict[str, str] | None:
 
 def write_bundle(plan: Plan, model: nn.Module, path: Path, figures: Mapping[str, Any]) -> Path:
     """The weights with all that is needed to use them, in one file."""
+    figures = {name: value for name, value in figures.items() if name != "images_per_second"}
     info = BundleInfo(
         model=plan.model,
         config=registry.config_to_dict(plan.config),
@@ -111,22 +147,51 @@ def write_outputs(
     if test is not None:
         figures |= {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
     bundle = write_bundle(plan, model, out / BUNDLE_NAME, figures)
-    notes = [f"Weights of the last epoch; best.safetensors holds those of epoch {progress.best_epoch}."]
+    best = "" if progress.best_epoch is None else f"; {BEST_NAME} holds those of epoch {progress.best_epoch}"
+    notes = [f"Weights of the last epoch{best}."]
     if progress.bad:
         notes.append(f"{len(progress.bad)} images could not be read and were left out.")
     if progress.skipped:
         notes.append(f"{progress.skipped} steps were skipped because loss or gradient was not finite.")
-    part = "test" if test is not None else "validation"
+    part, evaluation, split = ("test", test, plan.test) if test is not None else ("validation", val, plan.val)
     write_report(
         out / "report.html",
         title=f"{plan.model} on {plan.source.spec}: {part} part",
-        evaluation=test if test is not None else val,
+        evaluation=evaluation,
+        examples=[] if evaluation is None or split is None else mistake_examples(evaluation, split),
         history=history,
         class_names=plan.class_names,
         provenance=provenance(plan, figures),
         notes=notes,
     )
     return bundle
+
+
+def write_dump(
+    plan: Plan,
+    out: Path,
+    model: nn.Module,
+    progress: Progress,
+    batches: Sequence[Batch],
+    *,
+    why: str,
+    seed: int | None,
+    rate: float,
+) -> Path:
+    """What was going on when a run had to be given up: the images of the last step, its seed, the largest weights."""
+    path = out / f"dump-step-{progress.step:09d}.json"
+    weights = {n: p.detach().abs().max() for n, p in model.named_parameters() if p.numel()}
+    dump = {
+        "why": why,
+        "step": progress.step,
+        "epoch": progress.epoch + 1,
+        "seed": seed,
+        "learning_rate": rate,
+        "images": [plan.train.keys[int(i)] for b in batches for i in b.indices],
+        "largest_weights": {n: float(w) if bool(w.isfinite()) else "not finite" for n, w in weights.items()},
+    }
+    _write_json(path, dump)
+    return path
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -107,7 +107,7 @@ def _forward(model: nn.Module, batch: Batch, config: StepConfig) -> tuple[Tensor
         images = images.contiguous(memory_format=torch.channels_last)
     auxiliary: list[Tensor] = []
     with autocast(config.precision, config.device):
-        if config.auxiliary_weight and _has_towers(model):
+        if config.auxiliary_weight and has_towers(model):
             logits, auxiliary = model.forward_with_auxiliary(images)  # type: ignore[operator]
         else:
             logits = model(images)
@@ -130,5 +130,6 @@ def _forward(model: nn.Module, batch: Batch, config: StepConfig) -> tuple[Tensor
     return loss, int(hits.sum())
 
 
-def _has_towers(model: nn.Module) -> bool:
+def has_towers(model: nn.Module) -> bool:
+    """Whether `model` was built with auxiliary classifiers, which `forward_with_auxiliary` runs."""
     return bool(getattr(getattr(model, "config", None), "auxiliary", False))

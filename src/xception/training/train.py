@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xception.training.loop import TrainResult, run_training
+from xception.errors import ConfigError
+from xception.training.interrupt import StopRequest
+from xception.training.loop import run_training
 from xception.training.prepare import Plan, prepare
 from xception.training.progress import Reporter
 from xception.training.recipe import Recipe, named_recipe, override
-from xception.training.record import known_bad
+from xception.training.record import TrainResult, known_bad
+from xception.training.run_folder import require_no_run
+from xception.weights.files import shown
 
 
 def train(
@@ -37,10 +41,15 @@ def train(
     ``train("photos", recipe="finetune", weights="trunk.safetensors", epochs=20, learning_rate=3e-4)``.
     `model_options` are fields of the model's config. Raises an `XceptionError` with one line for wrong input.
     """
+    _check_types(data=data, model=model, recipe=recipe, weights=weights, out=out, data_root=data_root, device=device)
+    if model_options is not None and not isinstance(model_options, Mapping):
+        raise ConfigError(f"model_options must be a mapping of field to value; got {model_options!r}")
     base = named_recipe(recipe, model=model) if isinstance(recipe, str) else recipe
     base = override(base, **fields)
-    with Reporter(quiet=quiet) as reporter:
+    with Reporter(quiet=quiet) as reporter, StopRequest() as stop:
         folder = run_folder_for(data, model or base.model, out=out, resume=resume)
+        if not resume:
+            require_no_run(folder)  # said before the images are checked, which takes its time
         plan = prepare(
             data,
             base,
@@ -54,14 +63,28 @@ def train(
             say=reporter.say,
         )
         reporter.say(summary(plan, folder))
-        return run_training(plan, folder, resume=resume, tensorboard=tensorboard, reporter=reporter)
+        return run_training(plan, folder, resume=resume, tensorboard=tensorboard, reporter=reporter, stop=stop)
 
 
 def summary(plan: Plan, folder: Path) -> str:
     """One line: what is trained on what, and where it goes."""
     images = f"{len(plan.train):,} training images of {len(plan.class_names)} classes"
     size = "x".join(map(str, plan.preprocess.size))
-    return f"{plan.model} on {plan.source.spec}: {images}, {size} pixels, {plan.recipe.epochs} epochs -> {folder}"
+    return (
+        f"{plan.model} on {plan.source.spec}: {images}, {size} pixels, {plan.recipe.epochs} epochs -> {shown(folder)}"
+    )
+
+
+def _check_types(**arguments: Any) -> None:
+    """Arguments from Python are not parsed: a wrong type would come to light much later, as something else."""
+    paths, text, anything = (str, os.PathLike), (str,), (str, Recipe)
+    expected = {"data": paths, "recipe": anything, "model": text, "device": text}
+    for name, value in arguments.items():
+        kinds = expected.get(name, paths)
+        optional = name not in ("data", "recipe")
+        if not (isinstance(value, kinds) or (optional and value is None)):
+            names = " or ".join(kind.__name__ for kind in kinds) + (" or None" if optional else "")
+            raise ConfigError(f"{name} must be {names}; got {value!r:.80}")
 
 
 def run_folder_for(
@@ -69,6 +92,8 @@ def run_folder_for(
 ) -> Path:
     """`out`, or ``runs/DATA-MODEL``, numbered where that is taken (and the run is not to be resumed)."""
     if out is not None:
+        if not os.fspath(out):
+            raise ConfigError("out must name a folder; got an empty text")
         return Path(out)
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(os.fspath(data)).stem).strip("-.") or "data"
     base = Path("runs") / f"{stem}-{model.replace('/', '-')}"

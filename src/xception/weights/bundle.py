@@ -164,6 +164,8 @@ def open_bundle(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Header
 
 def find_bundle(path: str | os.PathLike[str]) -> Path:
     """The bundle's file: `path` itself, or ``model.safetensors`` where `path` is a run folder."""
+    if not os.fspath(path):
+        raise WeightsError("expected a bundle or a run folder, got an empty name")
     file = Path(path)
     if not os.path.isdir(file):
         return file

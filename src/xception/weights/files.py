@@ -30,6 +30,16 @@ def reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the `WeightsError` that `atomic_write` would; for before hours of work, of which nothing is left else."""
+    with _system_errors(f"cannot write {shown(path)}"):
+        target = Path(os.path.realpath(_file_name(path)))
+        _replaceable_mode(target)
+        descriptor, temporary = _create_temporary(target.parent)
+        os.close(descriptor)
+        os.unlink(temporary)
+
+
 def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
     """Put a new file at `path` in one step: whatever goes wrong, the old file (or none) is still there.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xception.errors import WeightsError
 from xception.models import registry
-from xception.ops.backend import active_backend
+from xception.ops.backend import active_backend, available_levels
 from xception.weights.bundle import BundleInfo, allowance_of, declared, find_bundle, open_bundle, read_bundle_info
 from xception.weights.container import Header, read_tensors
 from xception.weights.detect import container_of
@@ -37,6 +37,7 @@ def load_model(source: str | os.PathLike[str]) -> tuple[nn.Module, BundleInfo]:
     to give instead.
     """
     active_backend()  # says so, once, where only plain PyTorch is there
+    available_levels()  # a wrong XCEPTION_MAX_ISA is a mistake here as it is anywhere
     _require_file(source)
     imported = import_weights(source)
     if imported.fresh:
