@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from xception.cli.output import json_line, printable, table
+from xception.cli.output import json_line, printable
 from xception.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xception.weights.convert import Conversion
+
+_MAX_NAMES_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +23,12 @@ class Convert:
     """Weights of Keras, timm, torchvision, Cadene or FaceForensics in and out; exact, and nothing in a file is run."""
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """A bundle, run folder, .keras, .h5, .weights.h5, .pth, .p or .safetensors; its content decides, not its name."""
+    """A bundle, run folder, .keras, .h5, .weights.h5, .pth, .p or .safetensors (its content decides, not its name), or
+    a published name such as xception.keras_in1k or imagenet."""
     target: Annotated[Positional[str], arg(metavar="TARGET")]
     """File to write: .safetensors (our bundle), .keras, .weights.h5, .h5, or .pth (timm's and torchvision's names)."""
     to: str | None = None
-    """What to write, where the name does not say it: bundle, keras, keras-weights, keras-h5, timm/legacy_xception, ..."""
+    """What to write, where the name does not tell: bundle, keras, keras-weights, keras-h5, timm/legacy_xception, ..."""
     trunk_only: FlagCreatePairsOff[bool] = False
     """Take the trunk of a network whose head cannot be represented; the head stays random, to be trained."""
     class_names: str | None = None
@@ -34,38 +41,73 @@ class Convert:
     def run(self) -> int:
         from xception.weights.convert import convert
 
-        result = convert(
-            self.source,
-            self.target,
-            to=self.to,
-            trunk_only=self.trunk_only,
-            class_names=None if self.class_names is None else names_of(self.class_names),
-        )
-        told = result.to_dict()
+        class_names = None if self.class_names is None else names_of(self.class_names)
         if self.verify:
-            from xception.weights.verify import verify
+            from xception.weights.verify import check_verifiable
 
-            told["verified"] = verify(self.source, self.target)
+            check_verifiable(self.source, self.target)  # before anything is written
+        result = convert(self.source, self.target, to=self.to, trunk_only=self.trunk_only, class_names=class_names)
+        told = result.to_dict()
+        rows = _summary(result)
+        passed = True
+        if self.verify:
+            from xception.weights.verify import is_close, verify
+
+            verified = verify(self.source, self.target)
+            passed = is_close(verified)
+            told["verified"] = {**verified, "passed": passed}
+            rows.append(_verified(verified, passed))
         if self.json:
             json_line(told)
-            return 0
-        rows = [[name, _plain(value)] for name, value in told.items() if value not in (None, [], {})]
-        print(table(["", ""], rows))
-        return 0
+        else:
+            width = max(len(name) for name, _ in rows)
+            print("\n".join(f"{name.ljust(width)}  {printable(text)}" for name, text in rows))
+        if not passed:
+            sys.stderr.write("xception: the target differs from its source by more than it may; it was kept\n")
+        return 0 if passed else 1
 
 
 def names_of(path: str) -> list[str]:
-    """The lines of a text file."""
+    """The lines of a text file, without empty ones."""
+    from xception.weights.files import open_regular
+
+    with open_regular(path) as stream:
+        data = stream.read(_MAX_NAMES_BYTES + 1)
+    if len(data) > _MAX_NAMES_BYTES:
+        raise ConfigError(f"{printable(path)}: larger than a list of class names can be")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{printable(path)}: expected a UTF-8 text file with a class name a line") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, list):
-        return f"{len(value)}: {', '.join(map(str, value[:4]))}"
-    return str(value)
+def _summary(result: Conversion) -> list[tuple[str, str]]:
+    """What was read and written, and what was checked, for people."""
+    ignored = f"; {result.tensors_ignored:,} that take no part in it left out" if result.tensors_ignored else ""
+    height, width = result.image_size
+    classes = f"{result.num_classes:,} {'class' if result.num_classes == 1 else 'classes'}"
+    size = f"{result.parameters:,} parameters, {classes}, images of {height}x{width}"
+    rows = [
+        ("read", f"{result.source} ({result.format})"),
+        ("network", f"{result.model}, {size}"),
+        ("tensors", f"{result.tensors_used:,}, every one used once, none unused{ignored}"),
+    ]
+    if result.wrapper:
+        average = ", an average of the weights" if result.average else ""
+        rows.append(("found under", f"{result.wrapper}{average}"))
+    checksum = "the bundle's own, verified" if result.checksum is None else f"{result.checksum} (SHA-256, as read)"
+    rows.append(("checksum", checksum))
+    if result.fresh:
+        rows.append(("random", f"{', '.join(result.fresh)}: to be trained"))
+    rows.append(("written", f"{result.target} ({result.to}), read back: equal bit for bit"))
+    if result.not_kept:
+        rows.append(("not kept", f"{', '.join(result.not_kept)}: a bundle holds them"))
+    return rows
+
+
+def _verified(verified: Mapping[str, Any], passed: bool) -> tuple[str, str]:
+    shape = "x".join(map(str, verified["inputs"]))
+    difference = f"differ by {verified['max_relative_difference']:.2g} of the largest"
+    text = f"{verified['compared']} of {verified['framework']} on {shape} {difference}"
+    return "verified" if passed else "NOT EQUAL", text

@@ -15,12 +15,14 @@ from typing import Any
 from torch import nn
 
 from xception.errors import ConfigError, WeightsError
-from xception.weights.bundle import BundleInfo, find_bundle, load_bundle
+from xception.weights.bundle import BundleInfo, load_bundle, read_bundle_info
+from xception.weights.catalog import Checkpoint
 from xception.weights.detect import Container, container_of
 from xception.weights.files import shown
 from xception.weights.foreign import ForeignFile, ImportReport, Recognised, import_tensors
 from xception.weights.keras_file import read_keras_file
 from xception.weights.keras_model import recognise_keras
+from xception.weights.locate import locate
 from xception.weights.names_torch import recognise_torch
 from xception.weights.torch_file import read_torch_file
 
@@ -40,29 +42,41 @@ class Imported:
     report: ImportReport | None = None
 
 
-def import_weights(path: str | os.PathLike[str], *, trunk_only: bool = False) -> Imported:
-    """The network in a bundle, a run folder, or any public checkpoint file, on the CPU and in eval mode.
+def import_weights(source: str | os.PathLike[str], *, model: str | None = None, trunk_only: bool = False) -> Imported:
+    """The network in a bundle, a run folder, any public checkpoint file, or of a published name.
 
-    With `trunk_only` a head that cannot be represented is left out, and stays fresh. Raises `WeightsError` naming the
-    file and what in it cannot be used; nothing in the file is ever run.
+    On the CPU and in eval mode. `model` is the network that ``"imagenet"`` is meant for. With `trunk_only` a head
+    that cannot be represented is left out, and stays fresh. Raises `WeightsError` naming the file and what in it
+    cannot be used; nothing in the file is ever run.
     """
-    file = find_bundle(path)
-    container = container_of(file)
+    located = locate(source, model=model)
+    container = container_of(located.path)
     if container == "bundle":
-        model, info = load_bundle(file)
-        return Imported(model=model, info=info, format="bundle")
-    with _named(file):
-        foreign = _read(os.fspath(file), container)
+        network, info = load_bundle(located.path)
+        return Imported(model=network, info=info, format="bundle", fresh=fresh_in(info))
+    with _named(located.path):
+        foreign = _read(os.fspath(located.path), container)
         found = _recognise(foreign, trunk_only=trunk_only)
-        model, report = import_tensors(foreign, found)
-        return Imported(model=model, info=_info(found, foreign), format=found.format, fresh=found.fresh, report=report)
+        network, report = import_tensors(foreign, found)
+        info = _info(found, foreign, located.checkpoint)
+        return Imported(model=network, info=info, format=found.format, fresh=found.fresh, report=report)
 
 
-def foreign_info(path: str | os.PathLike[str], *, trunk_only: bool = False) -> BundleInfo:
-    """What a foreign file says about itself, without its weights."""
-    with _named(path):
-        foreign = _read(os.fspath(path), container_of(path))
-        return _info(_recognise(foreign, trunk_only=trunk_only), foreign)
+def imported_info(source: str | os.PathLike[str], *, model: str | None = None, trunk_only: bool = False) -> BundleInfo:
+    """What `import_weights` would say of the network, without reading its weights."""
+    located = locate(source, model=model)
+    container = container_of(located.path)
+    if container == "bundle":
+        return read_bundle_info(located.path)
+    with _named(located.path):
+        foreign = _read(os.fspath(located.path), container)
+        return _info(_recognise(foreign, trunk_only=trunk_only), foreign, located.checkpoint)
+
+
+def fresh_in(info: BundleInfo) -> tuple[str, ...]:
+    """The tensors of a bundle that were never trained: those of the head, where only a trunk was converted."""
+    fresh = info.provenance.get("fresh")
+    return tuple(map(str, fresh)) if isinstance(fresh, list) else ()
 
 
 def _read(path: str, container: Container) -> ForeignFile:
@@ -79,22 +93,29 @@ def _recognise(foreign: ForeignFile, *, trunk_only: bool) -> Recognised:
     names = sorted(foreign.tensors)[:3]
     some = ", ".join(repr(name[:60]) for name in names) or "none"
     raise WeightsError(
-        f"{len(foreign.tensors)} tensors ({some}, ...) that are no Xception, aligned Xception, Inception v3 or GoogLeNet"
+        f"{len(foreign.tensors)} tensors ({some}, ...) that are no Xception, aligned Xception, Inception v3 "
+        "or GoogLeNet"
     )
 
 
-def _info(found: Recognised, foreign: ForeignFile) -> BundleInfo:
+def _info(found: Recognised, foreign: ForeignFile, checkpoint: Checkpoint | None) -> BundleInfo:
+    """Where the file came by its name, how images are prepared for it is known from its publisher."""
     count = found.config["num_classes"]
     names = found.class_names
     if names is None and count == IMAGENET_CLASSES:
         names = imagenet_names()
+    source: dict[str, Any] = {"format": found.format, "container": foreign.container}
+    # In what a training script wrapped the tensors, and whether they are the average that it kept of them.
+    source |= {key: foreign.facts[key] for key in ("wrapper", "average") if foreign.facts.get(key)}
+    if checkpoint is not None:
+        source |= {"name": checkpoint.name, "url": checkpoint.url, "license": checkpoint.license}
     return BundleInfo(
         model=found.model,
         config=found.config,
         class_names=names or tuple(str(k) for k in range(count)),
         multi_label=found.multi_label,
-        preprocess=found.preprocess,
-        provenance={"source": {"format": found.format, "container": foreign.container}},
+        preprocess=found.preprocess if checkpoint is None else checkpoint.preprocess,
+        provenance={"source": source},
     )
 
 
