@@ -15,6 +15,10 @@ class ConfigError(XceptionError):
     """An unknown name, or a setting out of its range."""
 
 
+class MissingPackageError(ConfigError):
+    """Something needs a package that is not installed; the message says how to get it."""
+
+
 class DataError(XceptionError):
     """A data source that cannot be used: missing, empty, malformed, or too many bad images."""
 

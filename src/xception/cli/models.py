@@ -11,7 +11,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from xception import __version__
 from xception.cli.output import json_line, table
-from xception.errors import ConfigError
+from xception.errors import ConfigError, MissingPackageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,14 @@ class Models:
         names = registry.list_models(self.name or "*")
         if not names:
             raise ConfigError(f"no model matches {self.name!r}: choose from {', '.join(registry.list_models())}")
-        descriptions = [registry.describe(name) for name in names]
+        descriptions, left_out = [], []
+        for name in names:
+            try:
+                descriptions.append(registry.describe(name))
+            except MissingPackageError as error:  # noqa: PERF203 - of each network for itself
+                left_out.append(f"{name} ({error})")
+        if left_out:  # a network to compare with, whose library is an extra: the others are listed all the same
+            sys.stderr.write(f"xception: left out: {', '.join(left_out)}\n")
         if self.json:
             for description in descriptions:
                 json_line({k: v for k, v in description.to_dict().items() if k != "stages"})

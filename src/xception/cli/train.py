@@ -13,6 +13,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from xception.cli.output import human_bytes, human_seconds, json_line, table
 from xception.errors import ConfigError
+from xception.training.allocator import keep_freed_memory
 from xception.training.interrupt import StopRequest
 from xception.training.recipe import NAMED, Recipe, default_recipe, named_recipe, override
 
@@ -54,6 +55,7 @@ class Train:
 
     def run(self) -> int:
         with StopRequest():  # already while torch is imported
+            keep_freed_memory()
             return self._run()
 
     def _run(self) -> int:
@@ -135,6 +137,7 @@ class Demo:
 
     def run(self) -> int:
         with StopRequest():
+            keep_freed_memory()
             from xception.cli.demo import demo
 
             return demo(self.out, seed=self.seed, as_json=self.json)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xception.errors import ConfigError
+from xception.errors import ConfigError, MissingPackageError
 from xception.models.cost import stage_costs, without_storage
 from xception.models.entry import ModelEntry
 from xception.models.fields import (
@@ -249,11 +249,11 @@ KINDS: dict[str, Callable[[str, BaselineConfig], Baseline]] = {
 
 
 def import_timm() -> ModuleType:
-    """The timm package; `ConfigError` says how to get it where it is missing."""
+    """The timm package; `MissingPackageError` says how to get it where it is missing."""
     try:
         import timm
     except ImportError as error:
-        raise ConfigError("this network needs timm: pip install 'xception[hub]'") from error
+        raise MissingPackageError("this network needs timm: pip install 'xception[hub]'") from error
     return timm
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from xception.errors import ConfigError, TrainingError
+from xception.errors import MissingPackageError, TrainingError
 from xception.weights.files import atomic_write, reason, shown
 
 LINE_SECONDS = 30.0
@@ -137,7 +137,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ConfigError("TensorBoard is not installed: pip install 'xception[track]'") from None
+            raise MissingPackageError("TensorBoard is not installed: pip install 'xception[track]'") from None
         try:
             # What a killed run told of epochs that are now trained again is to be forgotten.
             self._writer: Any = SummaryWriter(str(folder), purge_step=first_epoch)
