@@ -36,7 +36,7 @@ def test_load_model_says_what_to_give(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match=r"'xception' names a network.*random.*a bundle .* a run folder.*'imagenet'"):
         load_model("xception")
-    with pytest.raises(WeightsError, match="no such bundle, run folder, .*: nowhere/model"):
+    with pytest.raises(WeightsError, match=r"no such bundle, run folder, .*: nowhere/model"):
         load_model("nowhere/model")
 
 
