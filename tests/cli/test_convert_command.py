@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,14 @@ import torch
 import torchvision
 from torch import Tensor
 
+from xception.cli.convert import Convert
 from xception.cli.main import main
+from xception.cli.parse import parse
 from xception.data.preprocess import Preprocess
 from xception.models import registry
 from xception.weights.bundle import BundleInfo, load_bundle, read_bundle_info, save_bundle
+from xception.weights.catalog import DEFAULTS, find_checkpoint, list_checkpoints
+from xception.weights.convert import targets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:keras"),
@@ -177,7 +183,9 @@ def test_trunk_only(theirs: Path, state: dict[str, Tensor], told: Told, capsys: 
     assert (line["tensors_used"], line["tensors_unused"], line["tensors_ignored"]) == (342, 0, 3)
     assert "which only a bundle" in mistake(capsys, "m.safetensors", "m.pth")
     assert main(["convert", "strange.pth", "m.safetensors", "--trunk-only"]) == 0
-    assert "classifier.linear.bias: to be trained" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "classifier.linear.bias: to be trained" in out
+    assert "parameters, no classifier, images of 224x224" in out
 
 
 # ---------------------------------------------------------------------------------------------------------- class names
@@ -297,6 +305,18 @@ def test_a_difference_is_told_and_the_target_kept(
     assert json.loads(capsys.readouterr().out)["verified"] == {**found, "passed": False}
 
 
+def test_a_framework_that_fails_leaves_the_target(
+    theirs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("cannot import timm")
+
+    monkeypatch.setattr("xception.weights.verify.run_torch", fail)
+    says = mistake(capsys, "theirs.pth", "m.safetensors", "--verify")
+    assert says.endswith(": cannot import timm; m.safetensors was written, and is not verified\n")
+    load_bundle("m.safetensors")
+
+
 def test_what_cannot_be_verified_is_told_before_anything_is_written(
     theirs: Path, narrow: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,3 +328,33 @@ def test_what_cannot_be_verified_is_told_before_anything_is_written(
     assert says == "xception: error: --verify needs timm (pip install timm)\n"
     assert sorted(path.name for path in here.iterdir()) == ["narrow.safetensors", "theirs.pth"]
     assert theirs.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------------------- its page
+
+PAGE = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_what_is_published() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
+    listed = {row[0].strip("`"): row[1:] for row in rows if len(row) == 5}
+    assert {name: row for name, row in listed.items() if "_in1k" in name}.keys() == set(list_checkpoints())
+    for name in list_checkpoints():
+        found = find_checkpoint(name)
+        model, top1, top5, source = listed[name]
+        assert (model, source) == (f"`{found.model}`", found.source)
+        figures = {key: float(text) for key, text in (("top1", top1), ("top5", top5)) if text}
+        assert figures == dict(found.published)
+    for model, name in DEFAULTS.items():
+        assert f"`{model}`: `{name}`" in " ".join(PAGE.split())
+
+
+def test_the_page_names_every_target() -> None:
+    assert [kind for kind in targets() if f"`{kind}`" not in PAGE] == []
+
+
+def test_the_pages_commands_are_understood() -> None:
+    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S)
+    for line in block.splitlines():
+        command = parse(shlex.split(line, comments=True)[1:])
+        assert isinstance(command, Convert), line

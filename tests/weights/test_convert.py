@@ -60,7 +60,7 @@ FAMILIES = {
     "torchvision googlenet": "torchvision/googlenet",
 }
 # The others are as large or larger; that their names are right is tested elsewhere.
-QUICK = ("timm legacy_xception", "torchvision googlenet")
+QUICK = ("torchvision googlenet",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from xception.cli.output import json_line, printable
-from xception.errors import ConfigError
+from xception.errors import ConfigError, XceptionError
 
 if TYPE_CHECKING:
     from xception.weights.convert import Conversion
@@ -53,7 +53,10 @@ class Convert:
         if self.verify:
             from xception.weights.verify import is_close, verify
 
-            verified = verify(self.source, self.target)
+            try:
+                verified = verify(self.source, self.target)
+            except XceptionError as error:
+                raise type(error)(f"{error}; {self.target} was written, and is not verified") from error
             passed = is_close(verified)
             told["verified"] = {**verified, "passed": passed}
             rows.append(_verified(verified, passed))
@@ -86,7 +89,7 @@ def _summary(result: Conversion) -> list[tuple[str, str]]:
     """What was read and written, and what was checked, for people."""
     ignored = f"; {result.tensors_ignored:,} that take no part in it left out" if result.tensors_ignored else ""
     height, width = result.image_size
-    classes = f"{result.num_classes:,} {'class' if result.num_classes == 1 else 'classes'}"
+    classes = "no classifier" if result.fresh else f"{result.num_classes:,} class{'es' * (result.num_classes != 1)}"
     size = f"{result.parameters:,} parameters, {classes}, images of {height}x{width}"
     rows = [
         ("read", f"{result.source} ({result.format})"),
@@ -99,7 +102,8 @@ def _summary(result: Conversion) -> list[tuple[str, str]]:
     checksum = "the bundle's own, verified" if result.checksum is None else f"{result.checksum} (SHA-256, as read)"
     rows.append(("checksum", checksum))
     if result.fresh:
-        rows.append(("random", f"{', '.join(result.fresh)}: to be trained"))
+        more = f" and {len(result.fresh) - 4} more" if len(result.fresh) > 4 else ""
+        rows.append(("random", f"{', '.join(result.fresh[:4])}{more}: to be trained"))
     rows.append(("written", f"{result.target} ({result.to}), read back: equal bit for bit"))
     if result.not_kept:
         rows.append(("not kept", f"{', '.join(result.not_kept)}: a bundle holds them"))

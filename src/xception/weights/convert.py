@@ -43,8 +43,9 @@ class Conversion:
     `container` is how the source stores its tensors, `wrapper` the keys of a training checkpoint under which they lay,
     `average` whether they are a running average of the weights (EMA); of a bundle none of these is known. `checksum` is
     a SHA-256 over the source's tensors. `tensors_ignored` mean nothing to a network (counters, optimiser slots);
-    `fresh` names tensors that the source did not have. `input_size` is the longer side of `image_size`, height and
-    width. `not_kept` is what the target has no place for, found by reading it back.
+    `fresh` names tensors that the source did not have, such as those of a classifier of `num_classes`. `input_size` is
+    the longer side of `image_size`, height and width. `not_kept` is what the target has no place for, found by reading
+    it back.
     """
 
     source: str

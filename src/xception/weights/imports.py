@@ -102,7 +102,7 @@ def _info(found: Recognised, foreign: ForeignFile, checkpoint: Checkpoint | None
     """Where the file came by its name, how images are prepared for it is known from its publisher."""
     count = found.config["num_classes"]
     names = found.class_names
-    if names is None and count == IMAGENET_CLASSES:
+    if names is None and count == IMAGENET_CLASSES and not found.fresh:
         names = imagenet_names()
     source: dict[str, Any] = {"format": found.format, "container": foreign.container}
     # In what a training script wrapped the tensors, and whether they are the average that it kept of them.
