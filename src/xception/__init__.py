@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xception.training.train import train as train
     from xception.weights.bundle import load_bundle as load_bundle
     from xception.weights.bundle import save_bundle as save_bundle
+    from xception.weights.convert import convert as convert
     from xception.weights.load import create_model as create_model
 
 _HOMES = {
@@ -37,6 +38,7 @@ _HOMES = {
     "Preprocess": "xception.data.preprocess",
     "Recipe": "xception.training.recipe",
     "XceptionError": "xception.errors",
+    "convert": "xception.weights.convert",
     "create_model": "xception.weights.load",
     "decode_image": "xception.data.decode",
     "describe": "xception.models.registry",
@@ -53,7 +55,10 @@ __all__ = ["__version__", "load", *sorted(_HOMES)]
 
 
 def load(source: Any, *, device: str | None = None) -> Predictor:
-    """The trained model of a run folder or a bundle, ready to `predict`; `WeightsError` where it is neither."""
+    """The trained model of a run folder, bundle, public checkpoint file or published name, ready to `predict`.
+
+    Raises `WeightsError` where `source` is none of these.
+    """
     from xception.inference.predictor import Predictor
 
     return Predictor.load(source, device=device)

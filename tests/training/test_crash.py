@@ -168,10 +168,10 @@ def without_speed(path: Path) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_fifteen_kills_at_random_moments_change_nothing(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "head_epochs"), [(0, 0), (2, 0), (0, 1)])
+def test_fifteen_kills_at_random_moments_change_nothing(tmp_path: Path, workers: int, head_epochs: int) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    options = ["--checkpoint-minutes", "1e-9", "--workers", str(workers)]
+    options = ["--checkpoint-minutes", "1e-9", "--workers", str(workers), "--head-epochs", str(head_epochs)]
     subprocess.run([*RUN, str(straight), *options], check=True, capture_output=True)
     kill_at_random(killed, 15, *options, rng=random.Random(workers))
     assert without_speed(straight / "metrics.jsonl") == without_speed(killed / "metrics.jsonl")

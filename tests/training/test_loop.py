@@ -6,59 +6,35 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from runs import (
+    QUICK,
+    TINY,
+    assert_same_weights,
+    metrics,
+    quick,
+    start,
+    wait_for_checkpoint,
+    weights,
+    write_photos,
+)
 
 import xception
 from xception.errors import ConfigError, DataError, TrainingError, XceptionError
 from xception.training import loop as loop_module
 from xception.training import prepare as prepare_module
 from xception.training import step as step_module
+from xception.training import validation as validation_module
 from xception.training.checkpoint import checkpoints, read_checkpoint
 from xception.training.interrupt import Stopped
 from xception.training.progress import MetricsLog, Reporter
 from xception.training.recipe import named_recipe, override
-from xception.training.record import TrainResult
 from xception.weights.bundle import load_bundle
-
-TINY = {"stem_widths": (4, 8), "entry_widths": (8, 12), "middle_modules": 1, "exit_widths": (16,)}
-QUICK: dict[str, Any] = {
-    "recipe": "small",
-    "model_options": TINY,
-    "epochs": 2,
-    "batch_size": 64,
-    "image_size": 8,
-    "seed": 7,
-    "quiet": True,
-}
-
-
-def quick(data: str | Path, out: Path, **changes: Any) -> TrainResult:
-    return xception.train(data, out=out, **{**QUICK, **changes})
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_bundle(path)[0].state_dict()
-
-
-def assert_same_weights(a: Path, b: Path) -> None:
-    mine, theirs = weights(a), weights(b)
-    assert mine.keys() == theirs.keys()
-    for name, tensor in mine.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +47,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 small PNG files of two classes."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for label, level in (("dark", 60), ("light", 180)):
-        (folder / label).mkdir()
-        for i in range(60):
-            pixels = np.clip(rng.normal(level, 40, (12, 12, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / label / f"{i:03d}.png")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 def test_the_run_folder_holds_what_it_should(undisturbed: Path) -> None:
@@ -104,25 +72,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(undisturbed: 
 def test_loader_workers_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
     quick("digits", tmp_path / "workers", workers=2)
     assert_same_weights(undisturbed, tmp_path / "workers")
-
-
-def start(out: Path, *more: str, data: str = "digits") -> subprocess.Popen[bytes]:
-    options = [f"--model-option={k}={json.dumps(v)}" for k, v in TINY.items()]
-    command = [
-        sys.executable, "-m", "xception", "train", data, "--recipe", "small", "--epochs", "2", "--batch-size", "64",
-        "--image-size", "8", "--seed", "7", "--out", str(out), "--resume", *options, *more,
-    ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_for_checkpoint(out: Path, process: subprocess.Popen[bytes], beyond: int) -> None:
-    """Until a checkpoint after step `beyond` is there, or the run has ended."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        found = checkpoints(out / "checkpoints")
-        if found and int(found[-1].stem.split("-")[1]) > beyond:
-            return
-        time.sleep(0.002)
 
 
 def test_sigkill_and_resume_is_the_same_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
@@ -388,7 +337,7 @@ def test_a_run_stopped_before_its_evaluation_records_the_same(undisturbed: Path,
             os.kill(os.getpid(), signal.SIGTERM)
             progress(1, 2)
 
-        patch.setattr(loop_module, "evaluate_model", stopped)
+        patch.setattr(validation_module, "evaluate_model", stopped)
         with pytest.raises(Stopped, match="checkpoint written"):
             quick("digits", out, resume=True)
     quick("digits", out, resume=True)
@@ -534,7 +483,7 @@ def test_the_bar_counts_every_batch_of_an_accumulated_step(tmp_path: Path) -> No
     class Bar(Reporter):
         total = done = 0
 
-        def begin(self, title: str, batches: int, done: int = 0) -> None:
+        def begin(self, title: str, batches: int, done: int = 0, *, images: int | None = None) -> None:
             if title.startswith("epoch"):
                 self.total, self.done = batches, done
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from xception.cli.main import main
 from xception.errors import ConfigError
 from xception.training.recipe import (
     NAMED,
@@ -77,6 +78,7 @@ def test_every_field_can_be_overridden() -> None:
         ("clip_norm", float("inf")), ("decay_factor", 0.0), ("decay_epochs", 0.0), ("label_smoothing", 1.0),
         ("val_fraction", 1.0), ("max_bad_share", 1.1), ("workers", -1), ("optimizer", "adam"), ("precision", "fp8"),
         ("image_size", 0), ("crop_fraction", 0.0), ("head_epochs", -1), ("norm_momentum", 0.0),
+        ("head_epochs", 1.5), ("cache_features", 1),
         ("rho", -0.1), ("warmup_epochs", -1.0),
         ("trunk_factor", 2.0), ("checkpoint_minutes", 0.0), ("schedule", "linear"), ("class_weights", [1.0, 2.0]),
     ],
@@ -101,6 +103,36 @@ def test_recipes_are_frozen_and_json_safe(name: str) -> None:
     json.dumps(recipe_to_dict(recipe), allow_nan=False)
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.epochs = 1  # type: ignore[misc]
+
+
+def test_the_head_alone_is_trained_in_all_epochs_that_there_are() -> None:
+    finetune, head = named_recipe("finetune"), named_recipe("head")
+    assert 0 < finetune.head_only_epochs < finetune.epochs
+    assert override(finetune, epochs=2).head_only_epochs == 2
+    assert [override(head, epochs=n).head_only_epochs for n in (1, 30, 90)] == [1, 30, 90]
+    assert named_recipe("small").head_only_epochs == 0
+    assert not head.augment.changes_samples, "features of augmented images cannot be kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--random-resized-crop", "0.5"], "--random-resized-crop must be None or FLOAT FLOAT; got '0.5'"),
+        (["--random-resized-crop", "0.5", "--epochs", "2"], "--random-resized-crop must be None or FLOAT FLOAT"),
+        (["--head-epochs", "few"], "--head-epochs must be None or INT; got 'few'"),
+    ],
+)
+def test_a_value_of_another_kind_on_the_command_line_is_one_plain_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["train", "digits", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert says in said
+        assert len(said) < 120
+        assert "[bold]" not in said
 
 
 def test_nothing_heavy_is_imported() -> None:

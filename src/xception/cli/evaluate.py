@@ -20,7 +20,7 @@ class Evaluate:
     """Figures of MODEL on DATA: top-1, top-5, loss, each class, calibration, confusion; a report page with --report."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A bundle (.safetensors) or a run folder."""
+    """A bundle (.safetensors), a run folder, any public checkpoint (.keras, .h5, .pth, ...), or imagenet."""
     data: Annotated[Positional[str], arg(metavar="DATA")]
     """Folder, CSV file, digits, fashion-mnist, or a torchvision data set's name."""
     part: Literal["auto", "train", "val", "test", "all"] = "auto"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Protocol, Union, cast
 
 import tyro
 
+from xception.cli.convert import Convert
 from xception.cli.evaluate import Evaluate
 from xception.cli.models import Models
 from xception.cli.output import complain
@@ -31,6 +32,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "convert": Convert,
     "models": Models,
 }
 
@@ -87,4 +89,11 @@ def _first_message(boxed: str) -> str:
     parts = [part for part in parts if part]
     title_alone = len(parts) > 1 and not lines[0].startswith(("╭", "+"))
     message = " ".join(parts[1 if title_alone else 0]) if parts else ""
-    return re.sub(r"__tyro-dummy-inner__\.?", "", message) or "wrong use: see xception --help"
+    message = re.sub(r"__tyro-dummy-inner__\.?", "", message)
+    # Where a value may be of several kinds, tyro tells what each of them says to it, in Rich's markup.
+    several = re.match(r"Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*)\]\. Got", message)
+    if several is not None:
+        option, kinds, given = several.groups()
+        kinds = re.sub(r"[{}]", "", kinds).replace("|", " or ")
+        message = f"{option} must be {kinds}; got {given}"
+    return message or "wrong use: see xception --help"

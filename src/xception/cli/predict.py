@@ -18,7 +18,7 @@ class Predict:
     """Labels and scores for images, one line each; a bad image is a line with its error, and exit status 1."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A bundle (.safetensors) or a run folder."""
+    """A bundle (.safetensors), a run folder, any public checkpoint (.keras, .h5, .pth, ...), or imagenet."""
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE|FOLDER|GLOB")]
     """Files, folders (searched through), 'globs', or - for paths on standard input, one a line."""
     top: int = 5
@@ -27,6 +27,8 @@ class Predict:
     """Print a JSON line an image: {"path","predictions":[{"label","score"}...]} or {"path","error"}."""
     csv: FlagCreatePairsOff[bool] = False
     """Print CSV: path,rank,label,score,error."""
+    logits: FlagCreatePairsOff[bool] = False
+    """With --json: also "logits", the network's raw output, one a class."""
     batch_size: int = 32
     """Images that go through the network at once."""
     device: str | None = None
@@ -37,6 +39,8 @@ class Predict:
             raise ConfigError("expected at least one IMAGE, FOLDER or GLOB (or - for paths on standard input)")
         if self.json and self.csv:
             raise ConfigError("give --json or --csv, not both")
+        if self.logits and not self.json:
+            raise ConfigError("--logits adds to what --json prints: give both")
         for name, value in (("--top", self.top), ("--batch-size", self.batch_size)):
             if value < 1:
                 raise ConfigError(f"{name} must be 1 or more; got {value}")
@@ -48,7 +52,7 @@ class Predict:
         if table:
             table.writerow(["path", "rank", "label", "score", "error"])
         paths = expand_inputs(self.images, sys.stdin.buffer)
-        for result in predictor.predict_paths(paths, top=self.top, batch_size=self.batch_size):
+        for result in predictor.predict_paths(paths, top=self.top, batch_size=self.batch_size, logits=self.logits):
             seen += 1
             path = str(result.path)
             if isinstance(result, FailedImage):
@@ -60,8 +64,7 @@ class Predict:
                 else:
                     print(f"{printable(path)}: error: {printable(result.error)}")
             elif self.json:
-                scores = [{"label": p.label, "score": p.score} for p in result.predictions]
-                json_line({"path": path, "predictions": scores})
+                json_line(result.to_dict())
             elif table:
                 for rank, p in enumerate(result.predictions, start=1):
                     table.writerow([printable(path), rank, printable(p.label), f"{p.score:.6g}", ""])

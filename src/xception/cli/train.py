@@ -15,7 +15,7 @@ from xception.cli.output import human_bytes, human_seconds, json_line, table
 from xception.errors import ConfigError
 from xception.training.allocator import keep_freed_memory
 from xception.training.interrupt import StopRequest
-from xception.training.recipe import NAMED, Recipe, named_recipe, override
+from xception.training.recipe import NAMED, Recipe, default_recipe, named_recipe, override
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,12 @@ class Train:
     model: str | None = None
     """Network (see xception models); by default the weights' or the recipe's own."""
     recipe: str = "small"
-    """Recipe: imagenet, jft, finetune or small; the settings below are its own values."""
+    """Recipe: imagenet, jft, finetune, head or small; the settings below are its own values. With --weights the default
+    is finetune."""
     weights: str | None = None
-    """Start from these weights: a bundle or a run folder."""
+    """Start from these weights: a bundle, a run folder, any public checkpoint (.keras, .h5, .pth, ...), or imagenet."""
+    trunk_only: FlagCreatePairsOff[bool] = False
+    """Take the trunk of --weights whose head cannot be represented; its place is taken by a new one."""
     out: str | None = None
     """Run folder; by default runs/DATA-MODEL."""
     resume: FlagCreatePairsOff[bool] = False
@@ -66,6 +69,7 @@ class Train:
             model=self.model,
             recipe=self.settings,
             weights=self.weights,
+            trunk_only=self.trunk_only,
             out=self.out,
             resume=self.resume,
             model_options=options,
@@ -93,6 +97,7 @@ class Train:
             recipe,
             model=self.model,
             weights=self.weights,
+            trunk_only=self.trunk_only,
             model_options=options,
             data_root=self.data_root,
             download=self.download,
@@ -143,15 +148,16 @@ def train_defaults(arguments: Sequence[str]) -> Any:
 
     Fields without a default are left missing, so that tyro asks for them.
     """
-    given = {"recipe": "small", "model": None}
-    for name in given:
+    given: dict[str, str | None] = {"recipe": None, "model": None, "weights": None}
+    for option in given:
         for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-            if word == f"--{name}" and following:
-                given[name] = following
-            elif word.startswith(f"--{name}="):
-                given[name] = word.partition("=")[2]
-    recipe = named_recipe(given["recipe"] or "", model=given["model"])
-    return Train(data=tyro.MISSING, settings=recipe)
+            if word == f"--{option}" and following:
+                given[option] = following
+            elif word.startswith(f"--{option}="):
+                given[option] = word.partition("=")[2]
+    name = given["recipe"] if given["recipe"] is not None else default_recipe(given["weights"])
+    recipe = named_recipe(name, model=given["model"])
+    return Train(data=tyro.MISSING, recipe=name, settings=recipe)
 
 
 def model_options(pairs: Sequence[str]) -> dict[str, Any]:

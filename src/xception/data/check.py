@@ -7,8 +7,9 @@ ends with the very weights of a run without them. Images in memory need no check
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 from xception.data.labels import printable
 from xception.data.split import ArraySplit, BadImage, DataSource, Split, concatenate, drop_samples
@@ -48,24 +49,25 @@ def check_images(
         return []
     bad: list[BadImage] = []
     allowed = max_bad_share * total
-    for done, reason in enumerate(_reasons(split, workers or min(16, os.cpu_count() or 1)), start=1):
-        if reason is not None:
-            bad.append(BadImage(split.keys[done - 1], reason))
-            if on_bad is not None:
-                on_bad(bad[-1])
-            if len(bad) > allowed:
-                first = "; ".join(map(str, bad[:_REASONS_SHOWN]))
-                more = "; ..." if len(bad) > _REASONS_SHOWN else ""
-                raise DataError(
-                    f"{len(bad):,} of the first {done:,} of {total:,} images cannot be decoded, more than the limit of "
-                    f"{max_bad_share:.3%} of all: {first}{more}"
-                )
-        if progress is not None and (done % _WINDOW == 0 or done == total):
-            progress(done, total)
+    with closing(_reasons(split, workers or min(16, os.cpu_count() or 1))) as reasons:
+        for done, reason in enumerate(reasons, start=1):
+            if reason is not None:
+                bad.append(BadImage(split.keys[done - 1], reason))
+                if on_bad is not None:
+                    on_bad(bad[-1])
+                if len(bad) > allowed:
+                    first = "; ".join(map(str, bad[:_REASONS_SHOWN]))
+                    more = "; ..." if len(bad) > _REASONS_SHOWN else ""
+                    raise DataError(
+                        f"{len(bad):,} of the first {done:,} of {total:,} images cannot be decoded, more than the "
+                        f"limit of {max_bad_share:.3%} of all: {first}{more}"
+                    )
+            if progress is not None and (done % _WINDOW == 0 or done == total):
+                progress(done, total)
     return bad
 
 
-def _reasons(split: Split, workers: int) -> Iterator[str | None]:
+def _reasons(split: Split, workers: int) -> Generator[str | None]:
     """Why each image cannot be decoded, None where it can, in order."""
 
     def reason(index: int) -> str | None:
@@ -75,9 +77,12 @@ def _reasons(split: Split, workers: int) -> Iterator[str | None]:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         for start in range(0, len(split), _WINDOW):
             yield from pool.map(reason, range(start, min(start + _WINDOW, len(split))))
+    finally:  # whoever leaves early, as after a signal, waits for the images at hand and not for the queue
+        pool.shutdown(cancel_futures=True)
 
 
 def clean_source(

@@ -41,10 +41,14 @@ class LabelScore(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The best classes of one image, best first (equal scores by class index); `path` where it was a file."""
+    """The best classes of one image, best first (equal scores by class index); `path` where it was a file.
+
+    `logits`, where they were asked for, are the network's raw output: one a class, in the order of the classes.
+    """
 
     path: str | None
     predictions: tuple[LabelScore, ...]
+    logits: tuple[float, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -57,8 +61,9 @@ class Prediction:
         return self.predictions[0].score
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"path": ..., "predictions": [{"label": ..., "score": ...}, ...]}``, for JSON."""
-        return {"path": self.path, "predictions": [p._asdict() for p in self.predictions]}
+        """``{"path": ..., "predictions": [{"label": ..., "score": ...}, ...]}`` and "logits" if any, for JSON."""
+        logits = {} if self.logits is None else {"logits": list(self.logits)}
+        return {"path": self.path, "predictions": [p._asdict() for p in self.predictions], **logits}
 
 
 class Predictor:
@@ -79,17 +84,26 @@ class Predictor:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], device: torch.device | str | None = None) -> Predictor:
-        """From a bundle or a run folder. Raises `WeightsError` as `load_model` does."""
+        """From a bundle, a run folder, any public checkpoint file or a published name, as `load_model` does."""
         return cls(*load_model(source), device=device)
 
     @overload
-    def predict(self, images: ImageInput, top: int = 5, batch_size: int = 32) -> Prediction: ...
-    @overload
-    def predict(self, images: list[Any] | tuple[Any, ...], top: int = 5, batch_size: int = 32) -> list[Prediction]: ...
     def predict(
-        self, images: ImageInput | list[Any] | tuple[Any, ...], top: int = 5, batch_size: int = 32
+        self, images: ImageInput, top: int = 5, batch_size: int = 32, *, logits: bool = False
+    ) -> Prediction: ...
+    @overload
+    def predict(
+        self, images: list[Any] | tuple[Any, ...], top: int = 5, batch_size: int = 32, *, logits: bool = False
+    ) -> list[Prediction]: ...
+    def predict(
+        self,
+        images: ImageInput | list[Any] | tuple[Any, ...],
+        top: int = 5,
+        batch_size: int = 32,
+        *,
+        logits: bool = False,
     ) -> Prediction | list[Prediction]:
-        """The `top` best classes of one image, or of each in a list or tuple, in order.
+        """The `top` best classes of one image, or of each in a list or tuple, in order; with `logits`, those too.
 
         An image is a path, the bytes of an image file (in any bytes-like object), a PIL image, a uint8 array
         H W C (C = 1 or 3), or a uint8 tensor C H W. Raises `ImageError` for a file that is no image and for a
@@ -97,12 +111,12 @@ class Predictor:
         """
         _check_sizes(top, batch_size)
         if not isinstance(images, list | tuple):
-            return self._predict_batch([self._prepare(images, "")], [_path_of(images)], top)[0]
+            return self._predict_batch([self._prepare(images, "")], [_path_of(images)], top, logits)[0]
         results: list[Prediction] = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             inputs = [self._prepare(image, f"image {start + k} of the list") for k, image in enumerate(batch)]
-            results += self._predict_batch(inputs, [_path_of(image) for image in batch], top)
+            results += self._predict_batch(inputs, [_path_of(image) for image in batch], top, logits)
         return results
 
     def predict_paths(
@@ -111,8 +125,10 @@ class Predictor:
         top: int = 5,
         batch_size: int = 32,
         workers: int | None = None,
+        *,
+        logits: bool = False,
     ) -> Iterator[Prediction | FailedImage]:
-        """One result a path, in order, as a stream; a bad image is a `FailedImage`, not an end.
+        """One result a path, in order, as a stream; a bad image is a `FailedImage`, not an end. `logits` as `predict`.
 
         `workers` threads (None: one a processor, at most 8) read and decode ahead while the network computes,
         at most two batches ahead, so memory does not grow with the number of paths. A `FailedImage` among
@@ -121,7 +137,7 @@ class Predictor:
         _check_sizes(top, batch_size)
         workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         _check_count("workers", workers)
-        return self._stream(paths, top, batch_size, workers)
+        return self._stream(paths, top, batch_size, workers, logits)
 
     def _stream(
         self,
@@ -129,6 +145,7 @@ class Predictor:
         top: int,
         batch_size: int,
         workers: int,
+        logits: bool,
     ) -> Iterator[Prediction | FailedImage]:
         remaining = iter(paths)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="xception-decode")
@@ -142,11 +159,13 @@ class Predictor:
             while ahead:
                 items = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
                 look_ahead(len(items))
-                yield from self._scored(items, top)
+                yield from self._scored(items, top, logits)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _scored(self, items: Sequence[_Prepared | FailedImage], top: int) -> Iterator[Prediction | FailedImage]:
+    def _scored(
+        self, items: Sequence[_Prepared | FailedImage], top: int, logits: bool
+    ) -> Iterator[Prediction | FailedImage]:
         good = [item for item in items if isinstance(item, _Prepared)]
         rows = iter(self._logits([item.input for item in good]) if good else ())
         for item in items:
@@ -154,7 +173,7 @@ class Predictor:
                 yield item
                 continue
             try:
-                yield self._prediction(next(rows), item.path, top)
+                yield self._prediction(next(rows), item.path, top, logits)
             except DataError as error:
                 yield FailedImage(item.path, str(error))
 
@@ -178,9 +197,11 @@ class Predictor:
             where = ", ".join(part for part in (place, "" if path is None else shown(path)) if part)
             raise ImageError(f"{where}: {error}" if where else str(error)) from error
 
-    def _predict_batch(self, inputs: Sequence[Tensor], paths: Sequence[str | None], top: int) -> list[Prediction]:
-        logits = self._logits(inputs)
-        return [self._prediction(row, path, top) for row, path in zip(logits, paths, strict=True)]
+    def _predict_batch(
+        self, inputs: Sequence[Tensor], paths: Sequence[str | None], top: int, logits: bool
+    ) -> list[Prediction]:
+        rows = self._logits(inputs)
+        return [self._prediction(row, path, top, logits) for row, path in zip(rows, paths, strict=True)]
 
     def _logits(self, inputs: Sequence[Tensor]) -> Tensor:
         with torch.inference_mode():
@@ -189,14 +210,18 @@ class Predictor:
             logits: Tensor = self.model(batch)
             return logits.double().cpu()
 
-    def _prediction(self, logits: Tensor, path: str | None, top: int) -> Prediction:
-        if not torch.isfinite(logits).all():
+    def _prediction(self, row: Tensor, path: str | None, top: int, logits: bool) -> Prediction:
+        if not torch.isfinite(row).all():
             raise DataError("the network gave scores that are not finite")
-        scores = logits.sigmoid() if self.info.multi_label else logits.softmax(dim=0)
+        scores = row.sigmoid() if self.info.multi_label else row.softmax(dim=0)
         # Ordered by logit, which does not saturate as a sigmoid does; stable, so equals keep class order.
-        order = logits.sort(descending=True, stable=True).indices[:top].tolist()
+        order = row.sort(descending=True, stable=True).indices[:top].tolist()
         names = self.info.class_names
-        return Prediction(path=path, predictions=tuple(LabelScore(names[k], float(scores[k])) for k in order))
+        return Prediction(
+            path=path,
+            predictions=tuple(LabelScore(names[k], float(scores[k])) for k in order),
+            logits=tuple(row.tolist()) if logits else None,
+        )
 
 
 class _Prepared(NamedTuple):

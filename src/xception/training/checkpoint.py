@@ -60,6 +60,18 @@ class Progress:
     """Time trained so far, over all the runs that were joined by resuming."""
     finished: bool = False
 
+    def add(self, loss: float, correct: int, count: int) -> None:
+        """An update was made, from `count` images with these sums of losses and of right predictions."""
+        self.skipped_in_a_row = 0
+        self.loss_sum += loss
+        self.correct += correct
+        self.count += count
+
+    def next_epoch(self) -> None:
+        """An epoch is done, evaluated and recorded."""
+        self.epoch, self.batches = self.epoch + 1, 0
+        self.loss_sum, self.correct, self.count = 0.0, 0, 0
+
 
 def checkpoint_name(step: int) -> str:
     """The file of the checkpoint after `step` updates."""

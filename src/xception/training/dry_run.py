@@ -11,16 +11,20 @@ from torch import Tensor, nn
 
 from xception.data.loader import Batch
 from xception.models import registry
+from xception.training.features import obstacle
 from xception.training.memory import forget_peak, peak_bytes
 from xception.training.optimizers import build_optimizer
 from xception.training.prepare import Plan
 from xception.training.recipe import flat_values
-from xception.training.step import StepConfig, has_towers, train_step
+from xception.training.step import has_towers, step_config, train_step
+from xception.training.trainable import set_trainable
 
 _TRIAL_SECONDS = 20.0
 # What an image more in the batch takes, as a multiple of its activations: a few of their gradients and the kernels'
 # working memory come on top. Measured on a CPU: Xception 1.4, the small one and Inception v3 1.5.
 _WORKING_SHARE = 1.45
+# What an image takes that only goes forward, as a share of a step on it.
+_FORWARD_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +46,32 @@ def expect(plan: Plan) -> Expectation:
     """
     recipe = plan.recipe
     model = plan.build_model()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch_size = min(recipe.batch_size, len(plan.train))
     activations = _activation_bytes(plan, batch_size)
     rate, tried, memory = _measure(plan, model, batch_size)
     memory += int(_WORKING_SHARE * activations * (batch_size - tried) / batch_size)
     memory += sum(p.numel() * p.element_size() for p in model.parameters())  # the Polyak average
-    steps_images = recipe.epochs * (len(plan.train) // batch_size) * batch_size
-    evaluated = recipe.epochs * (0 if plan.val is None else len(plan.val)) / 3  # no backward pass
     return Expectation(
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=parameters,
         memory_bytes=memory,
         activation_bytes=activations,
         images_per_second=rate,
-        seconds=(steps_images + evaluated) / rate,
+        seconds=passes(plan, model, batch_size) / rate,
     )
+
+
+def passes(plan: Plan, model: nn.Module, batch_size: int) -> float:
+    """Images that go through the network in the whole run, in units of what `_measure` measures.
+
+    Forward passes alone count for less, and the head's own epochs, once it has the trunk's features, for nothing.
+    """
+    recipe = plan.recipe
+    head = recipe.head_only_epochs
+    train, val = len(plan.train) // batch_size * batch_size, 0 if plan.val is None else len(plan.val)
+    forward = 1.0 if head == recipe.epochs else _FORWARD_SHARE
+    passes_of_head = 1 if head and recipe.cache_features and obstacle(plan, model) is None else head
+    return (passes_of_head * (train + val) + (recipe.epochs - head) * val) * forward + (recipe.epochs - head) * train
 
 
 def describe(plan: Plan, expectation: Expectation) -> dict[str, Any]:
@@ -97,7 +113,7 @@ def _activation_bytes(plan: Plan, batch_size: int) -> int:
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    model.train()
+    set_trainable(model, plan.recipe, head_only=plan.recipe.head_only_epochs == plan.recipe.epochs)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         if plan.recipe.loss.auxiliary_weight and has_towers(model):
             model.forward_with_auxiliary(images)  # type: ignore[operator]
@@ -110,21 +126,13 @@ def _activation_bytes(plan: Plan, batch_size: int) -> int:
 def _measure(plan: Plan, model: nn.Module, batch_size: int) -> tuple[float, int, int]:
     """Images per second, images a step, and peak memory of real steps on as many images as let one end soon."""
     recipe = plan.recipe
-    model = model.to(plan.device).train()
+    model = model.to(plan.device)
+    set_trainable(model, recipe, head_only=recipe.head_only_epochs == recipe.epochs)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=recipe.precision == "fp16")
-    config = StepConfig(
-        multi_label=plan.multi_label,
-        label_smoothing=0.0,
-        class_weights=None,
-        auxiliary_weight=recipe.loss.auxiliary_weight,
-        clip_norm=0.0,
-        precision=recipe.precision,
-        device=plan.device,
-        channels_last=recipe.channels_last,
-    )
+    config = step_config(plan)
     classes = len(plan.class_names)
 
     def seconds(n: int) -> float:

@@ -1,8 +1,9 @@
-"""The most memory that this process held, as the system counted it: what a dry run measures and extrapolates."""
+"""Memory as the system counts it: the most that this process held, which a dry run measures, and what there is."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def forget_peak(device: torch.device) -> None:
@@ -31,3 +33,11 @@ def peak_bytes(device: torch.device) -> int:
                 return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, or what its container may use of it; always the same, however much is in use."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+        return min(installed, int(_CONTAINER_LIMIT.read_text()))
+    return installed

@@ -1,57 +1,120 @@
-"""Which parts of a network learn when, how its batch norm statistics move, and the learning rate of each step."""
+"""What learns when, from what, and at which rate: the head alone for some epochs, then the whole network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from xception.training.optimizers import head_module, rate_factor
+from xception.data.loader import Batch, Loader
+from xception.training.features import FeatureLoader, Features, compute_features, obstacle
+from xception.training.optimizers import PolyakAverage, rate_factor
+from xception.training.prepare import Plan
+from xception.training.progress import Reporter
 from xception.training.recipe import Recipe
+from xception.training.state import TrainingState
+from xception.training.trouble import note_bad
 
 
-def set_trainable(model: nn.Module, recipe: Recipe, *, head_only: bool) -> None:
-    """Training mode for what learns; the statistics of a trunk that is frozen, or kept, stay as they are."""
-    model.train()
-    head = set(head_module(model).modules())
-    model.requires_grad_(not head_only)
-    head_module(model).requires_grad_(True)
-    if head_only or recipe.norm_statistics == "frozen":
-        for module in batch_norms(model):
-            if module not in head:
-                module.eval()
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Epochs in which the same part of the network learns from the same kind of input.
 
-
-def batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
-    """Every batch normalisation in `model`."""
-    return (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-
-
-def smallest_batch(model: nn.Module, recipe: Recipe) -> int:
-    """Images that a step needs: batch normalisation that learns can say nothing about a single one."""
-    head = set(head_module(model).modules())
-    return 2 if any(recipe.norm_statistics == "update" or m in head for m in batch_norms(model)) else 1
-
-
-def norm_share(recipe: Recipe, step: int, *, trained: bool) -> float:
-    """The share of batch number `step` (from 0) in the running statistics of batch norm.
-
-    The statistics start at mean 0 and variance 1, which says nothing: the first batches are averaged evenly
-    (shares 1, 1/2, 1/3, ...), so that nothing of that start is left. In a short run it would still outweigh
-    the true variances many times over. Statistics of a `trained` network are a better start, and are kept.
+    `network` reads what the loaders give, and `average` is its running average: the whole and images, or the head
+    and the trunk's features.
     """
-    return recipe.norm_momentum if trained else max(recipe.norm_momentum, 1 / (step + 1))
+
+    epochs: int
+    """The phase is over when so many epochs of the run are done."""
+    head_only: bool
+    network: nn.Module
+    average: PolyakAverage
+    loader: Loader | FeatureLoader
+    val_loader: Loader | FeatureLoader | None
+
+    @property
+    def on_features(self) -> bool:
+        """Whether the trunk is not run."""
+        return isinstance(self.loader, FeatureLoader)
 
 
-def learning_rate(recipe: Recipe, *, epoch: int, batches: int, batches_per_epoch: int, batch_size: int) -> float:
+def whole_phase(plan: Plan, state: TrainingState, loader: Loader, val_loader: Loader | None) -> Phase:
+    """All that is left after the head's own epochs: the whole network learns from images."""
+    return Phase(
+        epochs=plan.recipe.epochs,
+        head_only=False,
+        network=state.compiled,
+        average=state.average,
+        loader=loader,
+        val_loader=val_loader,
+    )
+
+
+def head_phase(
+    plan: Plan,
+    state: TrainingState,
+    loader: Loader,
+    val_loader: Loader | None,
+    *,
+    reporter: Reporter,
+    check: Callable[[], None],
+) -> Phase:
+    """The head's own epochs: from features that are computed here and now, or else from images like the rest.
+
+    `check` is called after each batch, and may raise.
+    """
+    on_images = replace(
+        whole_phase(plan, state, loader, val_loader), epochs=plan.recipe.head_only_epochs, head_only=True
+    )
+    if not plan.recipe.cache_features:
+        return on_images
+    if (why := obstacle(plan, state.model)) is not None:
+        reporter.say(f"the trunk's features cannot be kept and are computed anew in each epoch: {why}")
+        return on_images
+
+    def features(images: Loader, title: str) -> Features:
+        reporter.begin(title, len(images), images=len(images.split))
+
+        def done(batch: Batch) -> None:
+            if images is not val_loader:
+                note_bad(plan, state.progress, batch, reporter.say)
+            reporter.advance(images.batch_size)
+            check()
+
+        # The average, which is always in eval mode: while the trunk is frozen, its trunk is the model's bit for bit.
+        found = compute_features(state.averaged(), plan, images, done=done)
+        reporter.end()
+        return found
+
+    began, parts = time.monotonic(), 1 if val_loader is None else 2
+    with contextlib.closing(plan.evaluation_loader(plan.train)) as images:
+        train = FeatureLoader(loader, features(images, f"features 1/{parts}"))
+    val = None if val_loader is None else FeatureLoader(val_loader, features(val_loader, f"features 2/{parts}"))
+    reporter.say(
+        f"the trunk's features of all images, without augmentation, took {time.monotonic() - began:,.0f} s; "
+        f"the head's own epochs ({on_images.epochs}) learn from them"
+    )
+    return replace(on_images, network=state.head, average=state.head_average, loader=train, val_loader=val)
+
+
+def learning_rate(recipe: Recipe, phase: Phase, *, epoch: int, batches: int) -> float:
     """The rate of the step after `batches` batches of `epoch` (from 0).
 
-    The head's own phase runs at a constant rate, the schedule begins after it.
+    The head's own phase runs at a constant rate and the schedule begins after it, unless nothing comes after it.
     """
-    if epoch < recipe.head_epochs:
+    before = recipe.head_only_epochs if recipe.head_only_epochs < recipe.epochs else 0
+    if epoch < before:
         return recipe.optimizer.learning_rate
-    per_epoch = batches_per_epoch * batch_size
-    samples = (epoch - recipe.head_epochs) * per_epoch + batches * batch_size
+    per_epoch = len(phase.loader) * phase.loader.batch_size
+    samples = (epoch - before) * per_epoch + batches * phase.loader.batch_size
     return recipe.optimizer.learning_rate * rate_factor(
-        recipe.schedule, samples, samples_per_epoch=per_epoch, epochs=recipe.epochs - recipe.head_epochs
+        recipe.schedule, samples, samples_per_epoch=per_epoch, epochs=recipe.epochs - before
     )
+
+
+def step_seed(recipe: Recipe, step: int) -> int:
+    """Decides dropout in update number `step`."""
+    return (recipe.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63

@@ -22,10 +22,12 @@ from xception.errors import ConfigError, DataError
 from xception.evaluation.device import usable_device
 from xception.models import registry
 from xception.training.recipe import Recipe
-from xception.weights.bundle import BundleInfo, read_bundle_info
+from xception.weights.bundle import BundleInfo
+from xception.weights.imports import imported_info
 from xception.weights.load import create_with_transfer
 
 Say = Callable[[str], None]
+STARTS_FROM_WEIGHTS = ("finetune", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Plan:
     bad: tuple[BadImage, ...]
     multi_label: bool
     weights: str | None
+    trunk_only: bool
     device: torch.device
 
     @property
@@ -70,6 +73,7 @@ class Plan:
             self.model,
             weights=self.weights,
             class_names=self.class_names,
+            trunk_only=self.trunk_only,
             **registry.config_to_dict(self.config),
         )
         new = f"; new and random: {', '.join(transfer.fresh)}" if transfer.fresh else ""
@@ -114,6 +118,7 @@ def prepare(
     *,
     model: str | None = None,
     weights: str | os.PathLike[str] | None = None,
+    trunk_only: bool = False,
     model_options: Mapping[str, Any] | None = None,
     data_root: str | os.PathLike[str] | None = None,
     download: bool = False,
@@ -123,7 +128,9 @@ def prepare(
 ) -> Plan:
     """Resolve a run. `model_options` are fields of the model's config; `image_size` and the like are the recipe's.
 
-    `known_bad` (data fingerprint -> key -> reason) spares a resumed run the check of every image.
+    `weights` are a bundle, run folder, public checkpoint file or published name; `trunk_only` leaves out a head in
+    them that cannot be represented. `known_bad` (data fingerprint -> key -> reason) spares a resumed run the check
+    of every image.
 
     Raises `ConfigError`, `DataError` or `WeightsError` with one line for whatever cannot be used.
     """
@@ -136,9 +143,14 @@ def prepare(
         test_fraction=recipe.input.test_fraction,
         download=download,
     )
-    info = None if weights is None else read_bundle_info(weights)
-    if info is None and recipe.name == "finetune":
-        raise ConfigError("recipe finetune starts from trained weights: give --weights FILE (a bundle or a run folder)")
+    info = None if weights is None else imported_info(weights, model=model, trunk_only=trunk_only)
+    if info is None and recipe.name in STARTS_FROM_WEIGHTS:
+        raise ConfigError(
+            f"recipe {recipe.name} starts from trained weights: give --weights FILE (a bundle, a run folder, any "
+            "public checkpoint) or --weights imagenet"
+        )
+    if info is None and trunk_only:
+        raise ConfigError("--trunk-only says what to take from --weights FILE, which is missing")
     name = model or (info.model if info else recipe.model)
     config = _model_config(name, recipe, source, info, options)
     multi_label = _multi_label(recipe, source)
@@ -157,6 +169,7 @@ def prepare(
         bad=bad,
         multi_label=multi_label,
         weights=None if weights is None else os.fspath(weights),
+        trunk_only=trunk_only,
         device=usable_device(device),
     )
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a bar on a terminal, a line an epoch elsewhere, metrics.jsonl, TensorBoard."""
+"""What a run tells while it goes: a bar on a terminal, plain lines elsewhere, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -16,26 +17,39 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from xception.errors import MissingPackageError, TrainingError
 from xception.weights.files import atomic_write, reason, shown
 
+LINE_SECONDS = 30.0
+"""Between two lines that tell how far an epoch is, where no bar does."""
+
 
 class Reporter:
-    """Says what happens on standard error; a progress bar with images/s and time left where that is a terminal."""
+    """Says what happens on standard error.
+
+    A progress bar with images/s and time left where that is a terminal; a plain line with them now and then elsewhere.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
-        self._started = 0.0
+        self._title = ""
+        self._batches = self._batches_before = self._batches_done = 0
+        self._all_images: int | None = None
         self._images = 0
+        self._started = self._last_line = 0.0
 
     def say(self, line: str) -> None:
         """One line for people; never interpreted as markup, since it may hold a file's name."""
         self.console.print(line.encode("utf-8", "backslashreplace").decode(), markup=False)
 
-    def begin(self, title: str, batches: int, done: int = 0) -> None:
-        """Start the bar of an epoch or an evaluation that takes `batches` steps."""
+    def begin(self, title: str, batches: int, done: int = 0, *, images: int | None = None) -> None:
+        """Start the bar of an epoch or an evaluation: `batches` steps, `done` of them before, `images` in them all."""
         self.end()
-        self._started, self._images = time.monotonic(), 0
-        if not self.console.is_terminal:
+        self._title, self._batches, self._all_images = title, batches, images
+        self._batches_before = self._batches_done = done
+        self._images = 0
+        self._started = self._last_line = time.monotonic()
+        # What sets FORCE_COLOR wants colours, not a log full of bars.
+        if not (self.console.is_terminal and not self.console.is_dumb_terminal and self.console.file.isatty()):
             return
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -52,9 +66,23 @@ class Reporter:
     def advance(self, images: int, note: str = "", batches: int = 1) -> None:
         """`batches` batches, of `images` images together, are done."""
         self._images += images
+        self._batches_done += batches
+        now = time.monotonic()
+        speed = self._images / max(now - self._started, 1e-9)
+        rate = f"{speed:,.0f} images/s" if speed >= 10 else f"{speed:.1f} images/s"
         if self._bar is not None:
-            rate = self._images / max(time.monotonic() - self._started, 1e-9)
-            self._bar.update(self._task, advance=batches, rate=f"{rate:,.0f} images/s {note}")
+            self._bar.update(self._task, advance=batches, rate=f"{rate} {note}")
+        elif now - self._last_line >= LINE_SECONDS and self._batches_done < self._batches:
+            self._last_line = now
+            each = (now - self._started) / (self._batches_done - self._batches_before)
+            left = timedelta(seconds=round(each * (self._batches - self._batches_done)))
+            self.say(f"{self._title}: {self._how_far()}, {rate}, {left} left")
+
+    def _how_far(self) -> str:
+        if self._all_images is None:
+            return f"{self._batches_done:,} of {self._batches:,} batches"
+        before = self._all_images * self._batches_before // self._batches
+        return f"{before + self._images:,} of {self._all_images:,} images"
 
     def end(self) -> None:
         """Take the bar away."""

@@ -1,18 +1,19 @@
 """Recipes: everything that decides how a network is trained, as frozen data.
 
-Four are named. `imagenet` and `jft` are the paper's (section 4.3 and 4.4 of arXiv 1610.02357v3); the paper leaves
+Five are named. `imagenet` and `jft` are the paper's (section 4.3 and 4.4 of arXiv 1610.02357v3); the paper leaves
 much unsaid (batch size, epochs, augmentation, averaging decay, RMSprop's rho and epsilon, ...), and what it does
 not state is our choice: `Recipe.stated` names the fields that the paper does state, and ``--dry-run`` prints which
-is which. `finetune` adapts a trained network to new classes, `small` trains small images from scratch.
+is which. `finetune` adapts a trained network to new classes, `head` trains no more than a new head on it, `small`
+trains small images from scratch.
 
-This file imports neither torch nor any room above it but `data`: the command line reads it before anything heavy.
+Its parts are in `recipe_parts`. Neither imports torch, nor any room above it but `data`: the command line reads them
+before anything heavy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import typing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -21,163 +22,11 @@ from tyro.conf import Suppress
 
 from xception.data.augment import Augment
 from xception.errors import ConfigError
-
-
-def _require(condition: bool, name: str, expected: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"{name} must be {expected}; got {value!r}")
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The update rule. Weight decay is L2, added to the gradient as ``weight_decay * w`` (AdamW: decoupled)."""
-
-    optimizer: Literal["sgd", "rmsprop", "adamw"] = "sgd"
-    """Update rule: SGD with momentum, RMSprop as TensorFlow of 2016 had it, or AdamW."""
-    learning_rate: float = 0.045
-    """Rate at the start of the schedule (after warm-up)."""
-    momentum: float = 0.9
-    """Momentum of SGD and RMSprop, the first beta of AdamW."""
-    nesterov: bool = False
-    """Nesterov momentum (SGD only)."""
-    rho: float | None = None
-    """Decay of RMSprop's mean square (by default 0.9), the second beta of AdamW (0.999)."""
-    epsilon: float | None = None
-    """RMSprop: inside the root (by default 1). AdamW: outside (1e-8)."""
-    weight_decay: float = 1e-5
-    """L2 on the weights of convolutions and linear layers."""
-    decay_depthwise: bool = True
-    """Whether weight decay acts on depthwise filters as well."""
-    clip_norm: float = 0.0
-    """Largest norm of the whole gradient; 0 clips nothing."""
-    trunk_factor: float = 1.0
-    """The trunk's learning rate as a share of the head's."""
-
-    def __post_init__(self) -> None:
-        _require(
-            _finite(self.learning_rate) and self.learning_rate > 0,
-            "learning_rate",
-            "a finite number above 0",
-            self.learning_rate,
-        )
-        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        _require(self.rho is None or 0 <= self.rho < 1, "rho", "in [0, 1)", self.rho)
-        epsilon = self.epsilon
-        _require(epsilon is None or (_finite(epsilon) and epsilon > 0), "epsilon", "above 0", epsilon)
-        _require(
-            _finite(self.weight_decay) and self.weight_decay >= 0,
-            "weight_decay",
-            "0 or more",
-            self.weight_decay,
-        )
-        _require(_finite(self.clip_norm) and self.clip_norm >= 0, "clip_norm", "0 or more", self.clip_norm)
-        _require(0 <= self.trunk_factor <= 1, "trunk_factor", "in [0, 1]", self.trunk_factor)
-        _require(
-            not self.nesterov or (self.optimizer == "sgd" and self.momentum > 0),
-            "nesterov",
-            "off unless optimizer is sgd with momentum",
-            self.nesterov,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """The learning rate over time, as a pure function of the samples seen (`optimizers.rate_factor`)."""
-
-    schedule: Literal["constant", "exponential", "cosine"] = "exponential"
-    """Shape of the decay."""
-    decay_factor: float = 0.94
-    """Exponential: the rate is multiplied by this ..."""
-    decay_epochs: float = 2.0
-    """... every so many epochs ..."""
-    decay_samples: int = 0
-    """... or, where this is not 0, every so many samples."""
-    staircase: bool = True
-    """Exponential: in steps (as published) or smoothly."""
-    warmup_epochs: float = 0.0
-    """Epochs over which the rate rises from 0."""
-    final_factor: float = 0.0
-    """Cosine: the share of the rate that is left at the end."""
-
-    def __post_init__(self) -> None:
-        _require(0 < self.decay_factor <= 1, "decay_factor", "in (0, 1]", self.decay_factor)
-        _require(_finite(self.decay_epochs) and self.decay_epochs > 0, "decay_epochs", "above 0", self.decay_epochs)
-        _require(self.decay_samples >= 0, "decay_samples", "0 or more", self.decay_samples)
-        _require(
-            _finite(self.warmup_epochs) and self.warmup_epochs >= 0,
-            "warmup_epochs",
-            "0 or more",
-            self.warmup_epochs,
-        )
-        _require(0 <= self.final_factor <= 1, "final_factor", "in [0, 1]", self.final_factor)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Softmax cross entropy with one label an image, sigmoid cross entropy with several (or none)."""
-
-    loss: Literal["auto", "softmax", "sigmoid"] = "auto"
-    """auto: softmax where every image has one label, sigmoid for multi-label data."""
-    label_smoothing: float = 0.0
-    """Share of the target spread evenly over the classes."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """balanced: each class weighs as much as any other, whatever its number of images."""
-    auxiliary_weight: float = 0.3
-    """Weight of each auxiliary tower's loss, for networks built with towers."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
-        _require(
-            _finite(self.auxiliary_weight) and self.auxiliary_weight >= 0,
-            "auxiliary_weight",
-            "0 or more",
-            self.auxiliary_weight,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputConfig:
-    """How images come to the network: size, resizing, the split, and who reads them."""
-
-    image_size: int | None = None
-    """Side in pixels; by default the weights' own, else the model's."""
-    resize: Literal["crop", "squash"] = "crop"
-    """In evaluation: centre crop after resizing the shorter side, or a straight resize."""
-    crop_fraction: float = 1.0
-    """Side of the centre crop as a share of the resized shorter side."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Always antialiased."""
-    val_fraction: float = 0.1
-    """Share of the training images kept for validation where the data has no such part."""
-    test_fraction: float = 0.1
-    """Share kept for the test where the data has no parts at all."""
-    balanced_sampling: bool = False
-    """Draw every class equally often."""
-    check_images: bool = True
-    """Decode every file once before training, so that bad images are found first."""
-    max_bad_share: float = 0.01
-    """Share of bad images above which the run stops."""
-    workers: int = 0
-    """Processes that read images; 0 reads in the training process."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.image_size is None or 1 <= self.image_size <= 8192,
-            "image_size",
-            "in 1..8192",
-            self.image_size,
-        )
-        _require(0 < self.crop_fraction <= 1, "crop_fraction", "in (0, 1]", self.crop_fraction)
-        _require(0 <= self.val_fraction < 1, "val_fraction", "in [0, 1)", self.val_fraction)
-        _require(0 <= self.test_fraction < 1, "test_fraction", "in [0, 1)", self.test_fraction)
-        total = self.val_fraction + self.test_fraction
-        _require(total < 1, "val_fraction + test_fraction", "below 1", total)
-        _require(0 <= self.max_bad_share <= 1, "max_bad_share", "in [0, 1]", self.max_bad_share)
-        _require(0 <= self.workers <= 256, "workers", "in 0..256", self.workers)
+from xception.training.recipe_parts import InputConfig as InputConfig
+from xception.training.recipe_parts import LossConfig as LossConfig
+from xception.training.recipe_parts import OptimizerConfig as OptimizerConfig
+from xception.training.recipe_parts import ScheduleConfig as ScheduleConfig
+from xception.training.recipe_parts import is_finite, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +48,10 @@ class Recipe:
     """Before the classifier; by default the model's own."""
     polyak_decay: float = 0.999
     """Decay of the running average of the weights that is evaluated and kept; 0 keeps the weights themselves."""
-    head_epochs: int = 0
-    """Epochs at the start in which only the new head learns; all of them, where there are no more."""
+    head_epochs: int | None = 0
+    """Epochs at the start in which only the new head learns; None, or more than there are: all of them."""
+    cache_features: bool = True
+    """In the head's own epochs compute the trunk's features of each image once, without augmentation."""
     norm_statistics: Literal["update", "frozen"] = "update"
     """Whether batch norm statistics of the trunk are updated or kept as they came with the weights."""
     norm_momentum: float = 0.1
@@ -212,7 +63,7 @@ class Recipe:
     compile: bool = False
     """Use torch.compile."""
     checkpoint_minutes: float = 10.0
-    """Time between checkpoints inside an epoch; one is always written at its end."""
+    """Time between checkpoints; each epoch also ends with one (on cached features only the last of them)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -222,20 +73,30 @@ class Recipe:
     """The fields whose values the paper gives."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.epochs <= 100_000, "epochs", "in 1..100000", self.epochs)
-        _require(1 <= self.batch_size <= 65_536, "batch_size", "in 1..65536", self.batch_size)
-        _require(0 < self.norm_momentum <= 1, "norm_momentum", "in (0, 1]", self.norm_momentum)
-        _require(1 <= self.accumulate <= 65_536, "accumulate", "in 1..65536", self.accumulate)
-        _require(0 <= self.seed < 2**63, "seed", "in 0..2^63-1", self.seed)
-        _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
-        _require(0 <= self.polyak_decay < 1, "polyak_decay", "in [0, 1)", self.polyak_decay)
-        _require(0 <= self.head_epochs <= 100_000, "head_epochs", "in 0..100000", self.head_epochs)
-        _require(
-            _finite(self.checkpoint_minutes) and self.checkpoint_minutes > 0,
+        require(1 <= self.epochs <= 100_000, "epochs", "in 1..100000", self.epochs)
+        require(1 <= self.batch_size <= 65_536, "batch_size", "in 1..65536", self.batch_size)
+        require(0 < self.norm_momentum <= 1, "norm_momentum", "in (0, 1]", self.norm_momentum)
+        require(1 <= self.accumulate <= 65_536, "accumulate", "in 1..65536", self.accumulate)
+        require(0 <= self.seed < 2**63, "seed", "in 0..2^63-1", self.seed)
+        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        require(0 <= self.polyak_decay < 1, "polyak_decay", "in [0, 1)", self.polyak_decay)
+        require(
+            self.head_epochs is None or 0 <= self.head_epochs <= 100_000,
+            "head_epochs",
+            "None or in 0..100000",
+            self.head_epochs,
+        )
+        require(
+            is_finite(self.checkpoint_minutes) and self.checkpoint_minutes > 0,
             "checkpoint_minutes",
             "above 0",
             self.checkpoint_minutes,
         )
+
+    @property
+    def head_only_epochs(self) -> int:
+        """Epochs at the start in which only the head learns: `head_epochs`, of those that there are."""
+        return self.epochs if self.head_epochs is None else min(self.head_epochs, self.epochs)
 
 
 PARTS = ("optimizer", "schedule", "loss", "input", "augment")
@@ -317,6 +178,24 @@ NAMED: dict[str, Recipe] = {
         input=_PHOTOGRAPHS,
         augment=Augment(random_resized_crop=(0.35, 1.0), horizontal_flip=0.5),
     ),
+    # A new head on a trunk that stays as it is. Its features of an image are always the same, so that they are
+    # computed once, and an epoch costs next to nothing; images are therefore seen as evaluation sees them.
+    "head": Recipe(
+        name="head",
+        model="xception",
+        epochs=30,
+        batch_size=32,
+        dropout=0.3,
+        polyak_decay=0.99,
+        head_epochs=None,
+        norm_statistics="frozen",
+        optimizer=OptimizerConfig(
+            optimizer="adamw", learning_rate=1e-3, momentum=0.9, weight_decay=0.01, clip_norm=1.0
+        ),
+        schedule=ScheduleConfig(schedule="cosine"),
+        loss=LossConfig(label_smoothing=0.1),
+        input=_PHOTOGRAPHS,
+    ),
     # Images of 28 to 64 pixels from scratch, on a CPU, in minutes.
     "small": Recipe(
         name="small",
@@ -334,6 +213,11 @@ NAMED: dict[str, Recipe] = {
 
 # Section 4.4: the weight decay that the paper found for Inception V3, whichever the data.
 _INCEPTION_WEIGHT_DECAY = 4e-5
+
+
+def default_recipe(weights: object) -> str:
+    """The recipe where none is named: trained weights are fine-tuned, random ones are trained as small images are."""
+    return "small" if weights is None else "finetune"
 
 
 def named_recipe(name: str, *, model: str | None = None) -> Recipe:

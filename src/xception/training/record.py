@@ -27,6 +27,7 @@ from xception.weights.bundle import BUNDLE_NAME, BundleInfo, save_bundle
 from xception.weights.files import atomic_write
 
 BEST_NAME = "best.safetensors"
+RUN_FILES = ("recipe.json", "split.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,40 @@ def known_bad(out: Path, fingerprint: str) -> dict[str, str] | None:
     return None
 
 
+def epoch_record(progress: Progress, val: Evaluation | None, images_per_second: float) -> dict[str, Any]:
+    """The figures of the epoch that is done, as metrics.jsonl has them."""
+    return {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "learning_rate": progress.learning_rate,
+        "train_loss": progress.loss_sum / progress.count if progress.count else None,
+        "train_top1": progress.correct / progress.count if progress.count else None,
+        "val_loss": None if val is None else val.loss,
+        "val_top1": None if val is None else val.top1,
+        "val_top5": None if val is None else val.top5,
+        "skipped_steps": progress.skipped,
+        "bad_images": len(progress.bad),
+        "images_per_second": round(images_per_second, 1),
+    }
+
+
+def epoch_value(record: Mapping[str, Any]) -> float | None:
+    """What the best epoch has most of: validation top-1, or without validation the least training loss."""
+    if record["val_top1"] is not None:
+        return float(record["val_top1"])
+    return None if record["train_loss"] is None else -float(record["train_loss"])
+
+
+def epoch_line(record: Mapping[str, Any], epochs: int, *, best: bool) -> str:
+    """An epoch's figures in a line for people."""
+    loss = record["train_loss"]
+    line = f"epoch {record['epoch']}/{epochs}: "
+    line += "no step was possible" if loss is None else f"train loss {loss:.4f}"
+    if record["val_loss"] is not None:
+        line += f", validation loss {record['val_loss']:.4f}, top-1 {record['val_top1']:.4f}"
+    return f"{line}, {record['images_per_second']:,.0f} images/s" + (" (best so far)" if best else "")
+
+
 def write_bundle(plan: Plan, model: nn.Module, path: Path, figures: Mapping[str, Any]) -> Path:
     """The weights with all that is needed to use them, in one file."""
     figures = {name: value for name, value in figures.items() if name != "images_per_second"}
@@ -176,7 +211,6 @@ def write_dump(
     *,
     why: str,
     seed: int | None,
-    rate: float,
 ) -> Path:
     """What was going on when a run had to be given up: the images of the last step, its seed, the largest weights."""
     path = out / f"dump-step-{progress.step:09d}.json"
@@ -186,7 +220,7 @@ def write_dump(
         "step": progress.step,
         "epoch": progress.epoch + 1,
         "seed": seed,
-        "learning_rate": rate,
+        "learning_rate": progress.learning_rate,
         "images": [plan.train.keys[int(i)] for b in batches for i in b.indices],
         "largest_weights": {n: float(w) if bool(w.isfinite()) else "not finite" for n, w in weights.items()},
     }

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from xception.data.loader import Batch
-from xception.training.losses import classification_loss
+from xception.training.losses import balanced_weights, classification_loss
+from xception.training.prepare import Plan
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,6 +29,28 @@ class StepConfig:
     precision: str
     device: torch.device
     channels_last: bool
+
+
+def step_config(plan: Plan) -> StepConfig:
+    """The steps of the run `plan`."""
+    recipe = plan.recipe
+    weights = None
+    if recipe.loss.class_weights == "balanced":
+        counts = [0] * len(plan.class_names)
+        for target in plan.train.targets:
+            for label in (target,) if isinstance(target, int) else target:
+                counts[label] += 1
+        weights = balanced_weights(counts).to(plan.device)
+    return StepConfig(
+        multi_label=plan.multi_label,
+        label_smoothing=recipe.loss.label_smoothing,
+        class_weights=weights,
+        auxiliary_weight=recipe.loss.auxiliary_weight,
+        clip_norm=recipe.optimizer.clip_norm,
+        precision=recipe.precision,
+        device=plan.device,
+        channels_last=recipe.channels_last,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from xception.training.interrupt import StopRequest
 from xception.training.loop import run_training
 from xception.training.prepare import Plan, prepare
 from xception.training.progress import Reporter
-from xception.training.recipe import Recipe, named_recipe, override
+from xception.training.recipe import Recipe, default_recipe, named_recipe, override
 from xception.training.record import TrainResult, known_bad
 from xception.training.run_folder import require_no_run
 from xception.weights.files import shown
@@ -23,8 +23,9 @@ def train(
     data: str | os.PathLike[str],
     *,
     model: str | None = None,
-    recipe: str | Recipe = "small",
+    recipe: str | Recipe | None = None,
     weights: str | os.PathLike[str] | None = None,
+    trunk_only: bool = False,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     model_options: Mapping[str, Any] | None = None,
@@ -37,13 +38,17 @@ def train(
 ) -> TrainResult:
     """Train on `data` (a folder, a CSV, or a data set's name) and leave a run folder.
 
-    `recipe` is a name or a `Recipe`; any of its fields can be set by its flat name, as in
-    ``train("photos", recipe="finetune", weights="trunk.safetensors", epochs=20, learning_rate=3e-4)``.
+    `recipe` is a name or a `Recipe` (by default finetune where there are `weights`, else small); any of its fields can
+    be set by its flat name, as in ``train("photos", weights="trunk.keras", epochs=20, learning_rate=3e-4)``. `weights`
+    are a bundle, a run folder, any public checkpoint file, or a published name such as ``"imagenet"``; `trunk_only`
+    leaves out a head in them that cannot be represented.
     `model_options` are fields of the model's config. Raises an `XceptionError` with one line for wrong input.
     """
     _check_types(data=data, model=model, recipe=recipe, weights=weights, out=out, data_root=data_root, device=device)
     if model_options is not None and not isinstance(model_options, Mapping):
         raise ConfigError(f"model_options must be a mapping of field to value; got {model_options!r}")
+    if recipe is None:
+        recipe = default_recipe(weights)
     base = named_recipe(recipe, model=model) if isinstance(recipe, str) else recipe
     base = override(base, **fields)
     with Reporter(quiet=quiet) as reporter, StopRequest() as stop:
@@ -55,6 +60,7 @@ def train(
             base,
             model=model,
             weights=weights,
+            trunk_only=trunk_only,
             model_options=model_options,
             data_root=data_root,
             download=download,
@@ -81,7 +87,7 @@ def _check_types(**arguments: Any) -> None:
     expected = {"data": paths, "recipe": anything, "model": text, "device": text}
     for name, value in arguments.items():
         kinds = expected.get(name, paths)
-        optional = name not in ("data", "recipe")
+        optional = name != "data"
         if not (isinstance(value, kinds) or (optional and value is None)):
             names = " or ".join(kind.__name__ for kind in kinds) + (" or None" if optional else "")
             raise ConfigError(f"{name} must be {names}; got {value!r:.80}")

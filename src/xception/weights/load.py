@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xception.errors import WeightsError
 from xception.models import registry
 from xception.ops.backend import active_backend, available_levels
-from xception.weights.bundle import BundleInfo, allowance_of, declared, find_bundle, load_bundle, open_bundle
-from xception.weights.container import Header, read_tensors
+from xception.weights.bundle import BundleInfo
 from xception.weights.files import shown
+from xception.weights.imports import import_weights
 from xception.weights.skeleton import build_skeleton, check_fit, signature, tensors_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What became of a network's tensors: `loaded` from the bundle, `fresh` left at their random start."""
+    """What became of a network's tensors: `loaded` from the file, `fresh` left at their random start."""
 
     info: BundleInfo
     loaded: tuple[str, ...]
@@ -29,20 +29,20 @@ class Transfer:
 
 
 def load_model(source: str | os.PathLike[str]) -> tuple[nn.Module, BundleInfo]:
-    """The trained network of a run folder or bundle, on the CPU and in eval mode, and what it says of itself.
+    """The trained network of a run folder, a bundle, any public checkpoint file or a published name.
 
-    Raises `WeightsError` where `source` is neither; a registry name is answered with what to give instead.
+    On the CPU and in eval mode. Raises `WeightsError` where `source` is none of these, or has a trunk only; a
+    registry name is answered with what to give instead.
     """
     active_backend()  # says so, once, where only plain PyTorch is there
     available_levels()  # a wrong XCEPTION_MAX_ISA is a mistake here as it is anywhere
-    if not os.path.lexists(find_bundle(source)):
-        if os.fspath(source) in registry.list_models():
-            raise WeightsError(
-                f"{os.fspath(source)!r} names a network, and its weights would be random: "
-                "give a trained one, a bundle (model.safetensors) or a run folder"
-            )
-        raise WeightsError(f"no such bundle or run folder: {shown(source)}")
-    return load_bundle(source)
+    imported = import_weights(source)
+    if imported.fresh:
+        raise WeightsError(
+            f"{shown(source)} holds a trunk without its classifier: train one on it "
+            "(xception train DATA --recipe finetune --weights FILE)"
+        )
+    return imported.model, imported.info
 
 
 def create_model(
@@ -50,17 +50,18 @@ def create_model(
     *,
     weights: str | os.PathLike[str] | None = None,
     class_names: Sequence[str] | None = None,
+    trunk_only: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """The network `name`; with `weights` (a bundle or run folder) trained, else with random weights.
+    """The network `name`; with `weights` (a file of any kind, a run folder, "imagenet") trained, else random.
 
-    `options` replace fields of the config; with `weights` the config starts from the bundle's, so that
+    `options` replace fields of the config; with `weights` the config starts from the file's, so that
     ``create_model("xception", weights=path)`` is the saved network and ``num_classes=7`` puts a fresh
     classifier for 7 classes on its trunk. See `create_with_transfer`, which also tells what was loaded.
     """
     if weights is None:
         return registry.create_model(name, **options)
-    return create_with_transfer(name, weights=weights, class_names=class_names, **options)[0]
+    return create_with_transfer(name, weights=weights, class_names=class_names, trunk_only=trunk_only, **options)[0]
 
 
 def create_with_transfer(
@@ -68,57 +69,46 @@ def create_with_transfer(
     *,
     weights: str | os.PathLike[str],
     class_names: Sequence[str] | None = None,
+    trunk_only: bool = False,
     **options: Any,
 ) -> tuple[nn.Module, Transfer]:
     """As `create_model` with `weights`, and a record of what was loaded and what is fresh.
 
-    The bundle must hold the network `name`. Every tensor of its trunk is used and none of the new trunk is
-    left over. The classifier (auxiliary ones too) is loaded where it is the same one: as many classes and,
-    if `class_names` is given, the same names in the same order; otherwise it stays fresh, drawn from torch's
-    global random state. Raises `WeightsError` naming the tensors that do not fit, `ConfigError` for a wrong
-    option.
+    `weights` are those of the network `name`: a bundle, run folder, public checkpoint file, or a published name, such
+    as ``"imagenet"``. Every tensor of their trunk is used and none of the new trunk is left over; with `trunk_only`, a
+    head that cannot be represented is left out. The classifier (auxiliary ones too) is loaded where it is the same
+    one: as many classes and, if `class_names` is given, the same names in the same order; otherwise it stays fresh,
+    drawn from torch's global random state. Raises `WeightsError` naming the tensors that do not fit, `ConfigError`
+    for a wrong option.
     """
-    file = find_bundle(weights)
-    with open_bundle(file) as (stream, header, info):
-        if info.model != name:
-            raise WeightsError(f"it holds weights of {info.model!r}, not of {name!r}")
-        own = registry.config_to_dict(registry.config_from_dict(name, info.config))
-        config = _with_options(name, own, options)
-        if config["in_channels"] != own["in_channels"]:
-            raise WeightsError(
-                f"its network takes {own['in_channels']} input channels, not the {config['in_channels']} asked for"
-            )
-        source = signature(tensors_of(build_skeleton(name, own, allowance_of(header))))
-        check_fit(source, declared(header))
+    imported = import_weights(weights, model=name, trunk_only=trunk_only)
+    info = imported.info
+    if info.model != name:
+        raise WeightsError(f"{shown(weights)} holds weights of {info.model!r}, not of {name!r}")
+    own = registry.config_to_dict(registry.config_from_dict(name, info.config))
+    config = _with_options(name, own, options)
+    if config["in_channels"] != own["in_channels"]:
+        raise WeightsError(
+            f"{shown(weights)}: its network takes {own['in_channels']} input channels, "
+            f"not the {config['in_channels']} asked for"
+        )
+    fresh = frozenset(imported.fresh)
+    same_classes = class_names is None or tuple(class_names) == info.class_names
+    if not (same_classes and config["num_classes"] == own["num_classes"]):
+        fresh |= classifier_tensors(name, own) | classifier_tensors(name, config)
+    source = tensors_of(imported.model)
+    try:
         target = signature(tensors_of(build_skeleton(name, config)))
-        same_classes = class_names is None or tuple(class_names) == info.class_names
-        if same_classes and config["num_classes"] == own["num_classes"]:
-            classifier: frozenset[str] = frozenset()
-        else:
-            classifier = classifier_tensors(name, own) | classifier_tensors(name, config)
-        check_fit(_without(target, classifier), _without(source, classifier))
-        model = registry.build(name, registry.config_from_dict(name, config))
-        _read_trunk(stream, header, tensors_of(model), classifier)
-    fresh = tuple(key for key in target if key in classifier)
-    loaded = tuple(key for key in target if key not in classifier)
-    return model, Transfer(info=info, loaded=loaded, fresh=fresh)
-
-
-def _read_trunk(stream: BinaryIO, header: Header, tensors: Mapping[str, Tensor], left_out: frozenset[str]) -> None:
-    """Fill `tensors`, except those left out; a bundle in another precision is brought to the network's own."""
-    read: dict[str, Tensor | None] = {}
-    for entry in header.entries:
-        if entry.name in left_out:
-            read[entry.name] = None
-        elif tensors[entry.name].dtype == entry.dtype:
-            read[entry.name] = tensors[entry.name]
-        else:
-            read[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
-    read_tensors(stream, header, read)
+        check_fit(_without(target, fresh), _without(signature(source), fresh))
+    except WeightsError as error:
+        raise WeightsError(f"cannot load {shown(weights)}: {error}") from None
+    model = registry.build(name, registry.config_from_dict(name, config))
     with torch.no_grad():
-        for name, source in read.items():
-            if source is not None and source is not tensors[name]:
-                tensors[name].copy_(source)
+        for key, tensor in tensors_of(model).items():
+            if key not in fresh:
+                tensor.copy_(source[key])  # in another precision: brought to the network's own
+    loaded = tuple(key for key in target if key not in fresh)
+    return model, Transfer(info=info, loaded=loaded, fresh=tuple(key for key in target if key in fresh))
 
 
 def classifier_tensors(name: str, config: dict[str, Any]) -> frozenset[str]:

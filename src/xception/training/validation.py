@@ -1,0 +1,59 @@
+"""The figures of a network on a part of the data, while a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from xception.data.loader import Loader
+from xception.errors import DataError
+from xception.evaluation.metrics import Evaluation, evaluate_model
+from xception.training.features import FeatureLoader
+from xception.training.prepare import Plan
+from xception.training.progress import Reporter
+
+
+class ScoresNotFinite(Exception):
+    """Not one image got scores that are finite."""
+
+
+def evaluate_part(
+    plan: Plan,
+    network: nn.Module,
+    loader: Loader | FeatureLoader,
+    title: str,
+    *,
+    reporter: Reporter,
+    check: Callable[[], None],
+) -> Evaluation:
+    """`network`'s figures on what `loader` gives, under a bar called `title`; `check` is called after each batch.
+
+    Raises `ScoresNotFinite`, or `DataError` where no image can be read.
+    """
+    reporter.begin(title, len(loader), images=len(loader.split))
+
+    def advance(done: int, total: int) -> None:
+        reporter.advance(loader.batch_size)
+        check()
+
+    finite: list[bool] = []
+    hook = network.register_forward_hook(lambda _, __, scores: finite.append(bool(scores.isfinite().all())))
+    try:
+        evaluation = evaluate_model(
+            network,
+            loader,
+            class_names=plan.class_names,
+            multi_label=plan.multi_label,
+            device=plan.device,
+            precision=plan.recipe.precision,
+            progress=advance,
+        )
+    except DataError as error:
+        if finite and not any(finite):
+            raise ScoresNotFinite(f"{title}: the network's scores are not finite") from error
+        raise
+    finally:
+        hook.remove()
+    reporter.end()
+    return evaluation
