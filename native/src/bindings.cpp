@@ -2,8 +2,10 @@
 // src/xception/_native.pyi holds the same signatures for type checkers.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 
 #include <optional>
 #include <stdexcept>
@@ -68,12 +70,15 @@ int size_of(std::size_t value) {
 
 // `level` names kernels that this processor can run: checked here, since a wrong one would end the process.
 std::unique_ptr<xception::Network> make_network(const std::string& level, const std::string& type, int channels,
-                                                int threads) {
+                                                int threads, bool latency) {
   const xception::CpuFeatures features = xception::cpu_features();
   const bool usable = level == "scalar" || (level == "avx2" && features.avx2) ||
-                      (level == "avx512" && features.avx512) || (level == "avx512_bf16" && features.avx512_bf16);
+                      (level == "avx512" && features.avx512) || (level == "avx512_bf16" && features.avx512_bf16) ||
+                      (level == "amx_bf16" && features.amx_bf16 && type == "bf16") ||
+                      (level == "amx_fp16" && features.amx_fp16 && type == "fp16") ||
+                      (level == "amx_emulated" && features.avx512 && type != "fp32");  // for tests
   if (!usable) throw std::invalid_argument("this processor does not run kernels for '" + level + "'");
-  return std::make_unique<xception::Network>(level, type_of(type), channels, threads);
+  return std::make_unique<xception::Network>(level, type_of(type), channels, threads, latency);
 }
 
 void run(xception::Network& network, const Floats<4>& images, int value, const WritableFloats<4>& output) {
@@ -96,7 +101,8 @@ void bind_network(nb::module_& m) {
   using xception::Network;
   const auto given = "input"_a;
   nb::class_<Network>(m, "Network", "A network whose layers are added one by one, run without Python in between.")
-      .def(nb::new_(&make_network), "level"_a, "type"_a, "channels"_a, "threads"_a)
+      .def(nb::new_(&make_network), "level"_a, "type"_a, "channels"_a, "threads"_a,
+           "latency"_a = false)
       .def(
           "convolution",
           [](Network& n, int input, const Floats<2>& weights, const std::optional<Floats<1>>& bias, int kernel,

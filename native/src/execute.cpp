@@ -13,6 +13,10 @@ namespace {
 // The matrix of one strip: it should stay in a core's second-level cache beside a panel of weights.
 constexpr std::int64_t kMatrixBytes = 256 << 10;
 constexpr std::size_t kMaxLayouts = 16;
+constexpr std::int64_t kMaxPixels = 1 << 28;
+constexpr int kPixelsTogether = 90'000;  // one image of 299 x 299
+// Tiles read whole: up to 31 lines behind the last pixel.
+constexpr std::size_t kSlack = 32 * kLineBytes;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 std::size_t index_of(int i) { return static_cast<std::size_t>(i); }
@@ -49,7 +53,8 @@ Range share(int total, int index, int count) {
           static_cast<int>(static_cast<std::int64_t>(total) * (index + 1) / count)};
 }
 
-int groups_of(int channels) { return ceil_div(channels, kGroup); }
+// Channels that a producer handles: all lanes of the matrix's lines, so that none is left unwritten.
+int whole_lines(int channels, Type type) { return ceil_div(channels, lane_count(type)) * lane_count(type); }
 int panels_of(int channels) { return ceil_div(channels, kPanel); }
 
 }  // namespace
@@ -134,8 +139,8 @@ const Layout& Network::layout_for(int images, int height, int width, int value) 
 }
 
 void Network::reserve(Worker& worker, const Layout& layout, bool arena) {
-  if (arena && worker.arena.size() < layout.arena_bytes) worker.arena = Buffer(layout.arena_bytes);
-  if (worker.matrix.size() < layout.matrix_bytes) worker.matrix = Buffer(layout.matrix_bytes);
+  if (arena && worker.arena.size() < layout.arena_bytes) worker.arena = Buffer(layout.arena_bytes + kSlack);
+  if (worker.matrix.size() < layout.matrix_bytes) worker.matrix = Buffer(layout.matrix_bytes + kSlack);
   if (worker.zero_lines < layout.zero_lines) {
     worker.zeros = Buffer(layout.zero_lines * kLineBytes);
     std::fill_n(worker.zeros.data(), worker.zeros.size(), std::byte{0});
@@ -156,6 +161,7 @@ void Network::run_product(const Layer& layer, const Layout& layout, std::size_t 
 
   MultiplyArgs product;
   product.depth = layer.depth;
+  product.out_channels = layer.out_channels;
   product.weights = layer.weights.data();
   product.panel_bytes = layer.panel_bytes;
   product.bias = reinterpret_cast<const float*>(layer.bias.data());
@@ -184,7 +190,7 @@ void Network::run_product(const Layer& layer, const Layout& layout, std::size_t 
   producer.window = window;
   producer.input = layer.kind == Kind::image ? reinterpret_cast<const std::byte*>(images) : arena + in.offset;
   producer.input_block = in.block;
-  producer.channels = layer.kind == Kind::image ? layer.in_channels : groups_of(layer.in_channels) * kGroup;
+  producer.channels = layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, kernels_->matrix_type);
   producer.input_relu = layer.input_relu;
   producer.zeros = worker.zeros.data();
   producer.matrix = worker.matrix.data();
@@ -263,6 +269,7 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
       args.matrix_block = in.block;
       args.pixels = layout.images;
       args.depth = layer.depth;
+      args.out_channels = layer.out_channels;
       args.weights = layer.weights.data();
       args.panel_bytes = layer.panel_bytes;
       args.bias = reinterpret_cast<const float*>(layer.bias.data());
@@ -308,11 +315,14 @@ void Network::run(const float* images, int count, int height, int width, int val
     lay_out(1, height, width, value);
     return;
   }
+  if (static_cast<std::int64_t>(height) * width > kMaxPixels)
+    throw std::invalid_argument("images of more than 268,435,456 pixels");
   const std::int64_t image_size = static_cast<std::int64_t>(height) * width * channels_[0];
   const int threads = team_.size();
   // Small images go through the layers together, so that weights are worth loading.
-  const int together = std::clamp(90'000 / std::max(height * width, 1), 1, std::max(count / threads, 1));
-  const int groups = threads == 1 ? ceil_div(count, together) : count / together / threads * threads;
+  const int few = std::max(kPixelsTogether / std::max(height * width, 1), 1);
+  const int together = std::min(few, std::max(count / threads, 1));
+  const int groups = threads == 1 ? ceil_div(count, together) : latency_ ? 0 : count / together / threads * threads;
   const auto run_layers = [&](const Layout& layout, std::byte* arena, const float* from, Worker& worker, Part part,
                               Barrier* barrier) {
     for (int i = 0; i < value; ++i) {
@@ -354,8 +364,8 @@ void Network::run(const float* images, int count, int height, int width, int val
     });
   }
   // What is left is less than one group for each: all threads work on the same images, layer by layer.
-  if (grouped < count) {
-    const int left = count - grouped;
+  for (int first = grouped; first < count;) {
+    const int left = std::min(count - first, few);
     const Layout& layout = layout_for(left, height, width, value);
     reserve(workers_[0], layout, true);
     for (Worker& worker : workers_) reserve(worker, layout, false);
@@ -363,10 +373,11 @@ void Network::run(const float* images, int count, int height, int width, int val
     team_.run([&](int thread) {
       begin_thread();
       std::byte* arena = workers_[0].arena.data();
-      run_layers(layout, arena, images + grouped * image_size, workers_[index_of(thread)], {thread, threads}, &barrier);
-      fetch(layout, value, arena, output + grouped * output_size, {thread, threads});
+      run_layers(layout, arena, images + first * image_size, workers_[index_of(thread)], {thread, threads}, &barrier);
+      fetch(layout, value, arena, output + first * output_size, {thread, threads});
       end_thread();
     });
+    first += left;
   }
 }
 

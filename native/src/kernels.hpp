@@ -60,6 +60,7 @@ struct MultiplyArgs {
   std::int64_t matrix_block = 0;
   int pixels = 0;
   int depth = 0;                        // K, without padding
+  int out_channels = 0;                 // lanes behind them are kept zero, whatever the sums are
   const std::byte* weights = nullptr;   // as `pack` lays them out
   std::int64_t panel_bytes = 0;
   const float* bias = nullptr;          // [panels * 32]
@@ -90,6 +91,7 @@ struct ReduceArgs {
 struct Kernels {
   Type type = Type::f32;
   Type matrix_type = Type::f32;
+  int depth_unit = 1;  // `multiply` reads K up to a multiple of this: weights are padded with zeros
   void (*depthwise)(const ProducerArgs&) = nullptr;
   void (*patches)(const ProducerArgs&) = nullptr;
   void (*image)(const ProducerArgs&) = nullptr;
@@ -113,6 +115,12 @@ namespace avx512 {
 const Kernels* kernels(Type type);
 }
 namespace avx512_bf16 {
+const Kernels* kernels(Type type);
+}
+namespace amx {
+const Kernels* kernels(Type type);
+}
+namespace amx_emulated {
 const Kernels* kernels(Type type);
 }
 #endif

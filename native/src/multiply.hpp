@@ -41,10 +41,12 @@ inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* wei
     const int group = channel / kGroup + c;
     std::byte* output = a.output + group_offset<S>(group, a.output_block);
     const std::byte* residual = a.residual ? a.residual + group_offset<S>(group, a.residual_block) : nullptr;
+    const int valid = a.out_channels - group * kGroup;  // infinity times a padded weight is no zero
     for (int r = 0; r < Rows; ++r) {
       V v = sums[r][c];
       if (residual) v = add(v, load(line<S>(residual, pixel + r)));
-      store(line<S>(output, pixel + r), activate(v, a.activation));
+      v = activate(v, a.activation);
+      store(line<S>(output, pixel + r), valid < kGroup ? first(v, valid) : v);
     }
   }
 }

@@ -38,8 +38,10 @@ void Buffer::Free::operator()(std::byte* p) const { ::operator delete(p, std::al
 const Kernels& kernels_for(const std::string& level, Type type) {
 #if defined(XCEPTION_HAS_X86_KERNELS)
   const Kernels* found = nullptr;
+  if (level == "amx_bf16" || level == "amx_fp16") found = amx::kernels(type);
+  if (level == "amx_emulated") found = amx_emulated::kernels(type);
   if (level == "avx512_bf16") found = avx512_bf16::kernels(type);
-  if (found == nullptr && (level == "avx512" || level == "avx512_bf16")) found = avx512::kernels(type);
+  if (found == nullptr && level != "avx2" && level != "scalar") found = avx512::kernels(type);
   if (level == "avx2") found = avx2::kernels(type);
   if (found != nullptr) return *found;
 #endif
@@ -47,8 +49,8 @@ const Kernels& kernels_for(const std::string& level, Type type) {
   refuse("unknown instruction set '" + level + "'");
 }
 
-Network::Network(const std::string& level, Type type, int channels, int threads)
-    : level_(level), kernels_(&kernels_for(level, type)), type_(type), team_(threads) {
+Network::Network(const std::string& level, Type type, int channels, int threads, bool latency)
+    : level_(level), kernels_(&kernels_for(level, type)), type_(type), latency_(latency), team_(threads) {
   if (channels < 1 || channels > 64) refuse("expected images of 1 to 64 channels");
   if (threads < 1 || threads > 1024) refuse("expected 1 to 1024 threads");
   channels_ = {channels};
@@ -65,7 +67,8 @@ int Network::channels_of(int value) const {
 Layer& Network::add(Kind kind, int input, int out_channels, int residual) {
   const int in_channels = channels_of(input);
   if (out_channels < 1 || out_channels > 1 << 20) refuse("expected 1 to 1,048,576 output channels");
-  if (residual != -1 && (residual == 0 || channels_of(residual) != out_channels))
+  if (residual != -1 && (residual == 0 || channels_of(residual) != out_channels ||
+                         reduced_[static_cast<std::size_t>(residual)]))
     refuse("the residual value does not have the output's channels");
   if (reduced_[static_cast<std::size_t>(input)] != (kind == Kind::linear)) refuse("linear layers, and only they, follow a reduction");
   if (input == 0 && kind != Kind::convolution) refuse("a regular convolution has to come first");
@@ -86,6 +89,8 @@ namespace {
 void check_sampling(const Sampling& s) {
   if (s.kernel < 1 || s.kernel > 15) refuse("expected a kernel of 1 to 15");
   if (s.stride < 1 || s.stride > 64 || s.dilation < 1 || s.dilation > 4096) refuse("stride or dilation out of range");
+  if (s.padding == Padding::dense_same && (s.kernel != 3 || s.stride != 1))
+    refuse("padding 'dense_same' is for kernel 3 and stride 1");
   if (s.amount < 0 || s.amount > 1 << 16) refuse("padding out of range");
 }
 void check_size(std::span<const float> values, std::int64_t expected, bool optional, const char* what) {
@@ -101,7 +106,8 @@ void Network::pack(Layer& layer, std::span<const float> weights, std::span<const
   const bool reduced = layer.kind == Kind::linear;
   const Type type = reduced ? Type::f32 : kernels_->matrix_type;
   const int per_step = type == Type::f32 ? 1 : 2;
-  const int steps = (layer.depth + per_step - 1) / per_step;
+  const int unit = reduced ? 1 : kernels_->depth_unit;
+  const int steps = rounded_up(rounded_up(layer.depth, unit), per_step) / per_step;
   const int panels = rounded_up(layer.out_channels, kPanel) / kPanel;
   layer.panel_bytes = static_cast<std::int64_t>(steps) * 2 * kLineBytes;
   layer.weights = Buffer(static_cast<std::size_t>(panels * layer.panel_bytes));
@@ -128,6 +134,7 @@ int Network::convolution(int input, const Sampling& sampling, int out_channels, 
                          std::span<const float> bias, bool input_relu, int residual, Activation activation) {
   check_sampling(sampling);
   const int taps = sampling.kernel * sampling.kernel, in = channels_of(input);
+  if (input == 0 && input_relu) refuse("the image has no ReLU before it");
   if (input == 0 && taps * in > 2000) refuse("the first convolution's window holds more than 2,000 numbers");
   check_size(weights, static_cast<std::int64_t>(out_channels) * taps * in, false, "weights");
   check_size(bias, out_channels, true, "bias");
@@ -141,7 +148,7 @@ int Network::convolution(int input, const Sampling& sampling, int out_channels, 
     return layer.output;
   }
   // The producer copies whole groups of channels: so are the weights padded.
-  const int padded_in = sampling.kernel == 1 ? in : rounded_up(in, kGroup);
+  const int padded_in = sampling.kernel == 1 ? in : rounded_up(in, lane_count(kernels_->matrix_type));
   layer.depth = taps * padded_in;
   std::vector<float> spread(static_cast<std::size_t>(out_channels) * static_cast<std::size_t>(layer.depth), 0.0f);
   for (int row = 0; row < out_channels * taps; ++row)
@@ -167,7 +174,7 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
   layer.middle = middle;
   layer.activation = activation;
   layer.depth = in;
-  const int groups = rounded_up(in, kGroup) / kGroup;
+  const int groups = rounded_up(in, lane_count(kernels_->matrix_type)) / kGroup;  // whole lines
   layer.filters = Buffer(sizeof(float) * static_cast<std::size_t>(groups * taps * kGroup));
   auto* out = reinterpret_cast<float*>(layer.filters.data());
   for (int g = 0; g < groups; ++g)

@@ -4,7 +4,6 @@
 
 #include <map>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -78,7 +77,8 @@ struct Tensor3 {
 class Network {
  public:
   // `level` is one of the instruction sets that `best_kernels` knows; `threads` work on a run.
-  Network(const std::string& level, Type type, int channels, int threads);
+  // Of several images each thread takes some through the network, or, for `latency`, all work on the same.
+  Network(const std::string& level, Type type, int channels, int threads, bool latency);
 
   // Each adds a layer and returns the number of its value; value 0 is the image. Weights are [out, k, k, in] and
   // filters [k, k, channels]; a bias may be empty. Throws std::invalid_argument, and then nothing was added.
@@ -130,10 +130,11 @@ class Network {
   std::string level_;
   const Kernels* kernels_ = nullptr;
   Type type_;
+  bool latency_;
   std::vector<Layer> layers_;
   std::vector<int> channels_;   // of each value
   std::vector<bool> reduced_;   // whether a value is [channels / 16][images][16] floats
-  mutable std::mutex mutex_;
+  mutable ProcessMutex mutex_;
   Team team_;
   std::vector<Worker> workers_;
   std::map<std::vector<int>, Layout> layouts_;

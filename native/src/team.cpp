@@ -14,8 +14,6 @@
 
 namespace xception {
 
-namespace {
-
 long process_id() {
 #if defined(_WIN32)
   return _getpid();
@@ -23,6 +21,8 @@ long process_id() {
   return getpid();
 #endif
 }
+
+namespace {
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -49,6 +49,25 @@ void Barrier::wait() {
   while (round_.load(std::memory_order_acquire) == round) round_.wait(round, std::memory_order_acquire);
 }
 
+ProcessMutex::ProcessMutex() : state_(new State{process_id(), {}}) {}
+
+ProcessMutex::~ProcessMutex() {
+  State* state = state_.load();
+  if (state->owner == process_id()) delete state;
+}
+
+ProcessMutex::State* ProcessMutex::mine() {
+  State* state = state_.load(std::memory_order_acquire);
+  if (state->owner == process_id()) return state;
+  auto* fresh = new State{process_id(), {}};  // the parent's is left behind: somebody may hold it
+  if (state_.compare_exchange_strong(state, fresh, std::memory_order_acq_rel)) return fresh;
+  delete fresh;
+  return state;
+}
+
+void ProcessMutex::lock() { mine()->mutex.lock(); }
+void ProcessMutex::unlock() { mine()->mutex.unlock(); }
+
 struct Team::State {
   std::mutex mutex;
   std::condition_variable begin, end;
@@ -63,7 +82,21 @@ struct Team::State {
 Team::Team(int threads) : size_(threads) {}
 
 Team::~Team() {
-  if (state_ == nullptr || owner_ != process_id()) return;
+  if (state_ != nullptr && owner_ == process_id()) stop();
+}
+
+void Team::start() {
+  state_ = new State;
+  owner_ = process_id();
+  try {
+    for (int i = 1; i < size_; ++i) state_->threads.emplace_back([this, i] { serve(i); });
+  } catch (...) {  // no more threads for this process: those that began go, and the next call tries again
+    stop();
+    throw;
+  }
+}
+
+void Team::stop() {
   {
     const std::lock_guard lock(state_->mutex);
     state_->stop = true;
@@ -71,12 +104,7 @@ Team::~Team() {
   state_->begin.notify_all();
   for (std::thread& thread : state_->threads) thread.join();
   delete state_;
-}
-
-void Team::start() {
-  state_ = new State;
-  owner_ = process_id();
-  for (int i = 1; i < size_; ++i) state_->threads.emplace_back([this, i] { serve(i); });
+  state_ = nullptr;
 }
 
 void Team::serve(int index) {

@@ -24,6 +24,28 @@ class Barrier {
   std::atomic<std::uint32_t> round_{0};
 };
 
+// The process that this is; another one after a fork.
+long process_id();
+
+// A mutex that a fork does not leave locked forever: each process has its own.
+class ProcessMutex {
+ public:
+  ProcessMutex();
+  ~ProcessMutex();
+  ProcessMutex(const ProcessMutex&) = delete;
+  ProcessMutex& operator=(const ProcessMutex&) = delete;
+  void lock();
+  void unlock();
+
+ private:
+  struct State {
+    long owner;
+    std::mutex mutex;
+  };
+  State* mine();
+  std::atomic<State*> state_;
+};
+
 class Team {
  public:
   explicit Team(int threads);
@@ -39,6 +61,7 @@ class Team {
 
  private:
   void start();
+  void stop();
   void serve(int index);
 
   const int size_;

@@ -55,6 +55,12 @@ inline V relu(V x) {
 inline __m256 max8(__m256 x, __m256 y) {
   return _mm256_blendv_ps(_mm256_max_ps(x, y), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
+// The first `count` lanes, zeros behind them.
+inline __m256 first8(__m256 x, int count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes)));
+}
+inline V first(V x, int count) { return {first8(x.a, count), first8(x.b, count - 8)}; }
 inline V max(V x, V y) { return {max8(x.a, y.a), max8(x.b, y.b)}; }
 
 inline constexpr int kRows = 6;  // 12 sums, 2 weights, 1 pixel: 15 of 16 registers

@@ -50,6 +50,12 @@ inline V max(V x, V y) {
   return {_mm512_mask_mov_ps(_mm512_max_ps(x.a, y.a), nan, x.a)};
 }
 
+// The first `count` lanes, zeros behind them.
+inline V first(V x, int count) {
+  const unsigned mask = count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u;
+  return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), x.a)};
+}
+
 inline constexpr int kRows = 14;  // 28 sums, 2 weights, 1 pixel: 31 of 32 registers
 inline constexpr int kColumns = 2;
 

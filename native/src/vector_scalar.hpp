@@ -54,6 +54,10 @@ inline V fma(V a, V b, V c) {
 inline V relu(V a) {
   return make([&](int i) { return a.v[i] < 0.0f ? 0.0f : a.v[i]; });
 }
+// The first `count` lanes, zeros behind them.
+inline V first(V a, int count) {
+  return make([&](int i) { return i < count ? a.v[i] : 0.0f; });
+}
 // NaN wins.
 inline V max(V a, V b) {
   return make([&](int i) { return a.v[i] > b.v[i] || a.v[i] != a.v[i] ? a.v[i] : b.v[i]; });

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from xception.data.sources import open_source as open_source
     from xception.errors import XceptionError as XceptionError
     from xception.evaluation.evaluate import evaluate as evaluate
+    from xception.inference.compiled import CompiledModel as CompiledModel
+    from xception.inference.compiled import compile_model as compile
     from xception.inference.predictor import Predictor as Predictor
     from xception.models.registry import describe as describe
     from xception.models.registry import list_models as list_models
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
     from xception.weights.load import create_model as create_model
 
 _HOMES = {
+    "CompiledModel": "xception.inference.compiled",
     "Predictor": "xception.inference.predictor",
     "Preprocess": "xception.data.preprocess",
     "Recipe": "xception.training.recipe",
     "XceptionError": "xception.errors",
+    "compile": "xception.inference.compiled",
     "convert": "xception.weights.convert",
     "create_model": "xception.weights.load",
     "decode_image": "xception.data.decode",
@@ -50,6 +54,8 @@ _HOMES = {
     "save_bundle": "xception.weights.bundle",
     "train": "xception.training.train",
 }
+
+_NAMES_THERE = {"compile": "compile_model"}  # `compile` is a word of Python's own
 
 __all__ = ["__version__", "load", *sorted(_HOMES)]
 
@@ -66,7 +72,7 @@ def load(source: Any, *, device: str | None = None) -> Predictor:
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_HOMES[name]), _NAMES_THERE.get(name, name))
     raise AttributeError(f"module 'xception' has no attribute {name!r}")
 
 

@@ -315,8 +315,8 @@ def test_stream_forgets_what_it_has_given(predictor: Predictor, files: list[str]
     most = 0
 
     class Watched(Preprocess):
-        def __call__(self, image: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-            tensor = super().__call__(image)
+        def geometry(self, image: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+            tensor = super().geometry(image)
             alive.add(tensor)
             return tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,12 +21,15 @@ from xception.data.decode import decode_image, rgb_pixels
 from xception.data.labels import printable
 from xception.errors import ConfigError, DataError, ImageError, XceptionError
 from xception.evaluation.device import usable_device
+from xception.inference.compiled import Engine, Precision
 from xception.inference.inputs import FailedImage, expand_inputs
+from xception.inference.runner import Runner
+from xception.inference.timings import Timings
 from xception.weights.bundle import BundleInfo
 from xception.weights.files import shown
 from xception.weights.load import load_model
 
-__all__ = ["FailedImage", "LabelScore", "Prediction", "Predictor", "expand_inputs"]
+__all__ = ["FailedImage", "LabelScore", "Prediction", "Predictor", "Timings", "expand_inputs"]
 
 ImageInput: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8] | Tensor"
@@ -70,22 +74,48 @@ class Predictor:
     """A trained network, ready for images of any size and kind.
 
     `model` and `info` are those of a bundle; `device` (None: CUDA where there is one, else the CPU) is where
-    the network is moved (`ConfigError` where there is no such device). An image's scores do not depend on the
-    other images of its batch, except that a device may sum in another order for another batch size
+    the network is moved (`ConfigError` where there is no such device).
+
+    On the CPU the network runs in the compiled executor where that covers it, else in PyTorch; `backend` "native"
+    or "torch" forces either, and so do `set_backend` and `use_backend`. `engine` says what was chosen, and why:
+    "native, avx512, fp32", or "torch: pointwise convolutions before depthwise ones". `precision` is that of the
+    activations between layers (PyTorch: autocast); `num_threads` are the compiled executor's (None: as many as
+    PyTorch has), and do not change PyTorch's own, which are the whole process's.
+
+    An image's scores do not depend on the other images of its batch. From the compiled executor they are equal to
+    the last bit for any batch size and number of threads; PyTorch may sum in another order for another batch size
     (differences near 1e-6).
     """
 
-    def __init__(self, model: nn.Module, info: BundleInfo, device: torch.device | str | None = None) -> None:
-        self.device = usable_device(device)
+    def __init__(
+        self,
+        model: nn.Module,
+        info: BundleInfo,
+        device: torch.device | str | None = None,
+        *,
+        precision: Precision = "fp32",
+        num_threads: int | None = None,
+        backend: Engine = "auto",
+    ) -> None:
+        # The compiled executor is for the CPU: who asks for it has said where.
+        self.device = usable_device("cpu" if device is None and backend == "native" else device)
         self.model = model.eval().to(self.device)
         self.info = info
-        floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-        self._dtype = next(floating, torch.float32)
+        self._runner = Runner(self.model, self.device, precision=precision, num_threads=num_threads, backend=backend)
+        self.engine = self._runner.engine
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], device: torch.device | str | None = None) -> Predictor:
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        precision: Precision = "fp32",
+        num_threads: int | None = None,
+        backend: Engine = "auto",
+    ) -> Predictor:
         """From a bundle, a run folder, any public checkpoint file or a published name, as `load_model` does."""
-        return cls(*load_model(source), device=device)
+        network, info = load_model(source)
+        return cls(network, info, device, precision=precision, num_threads=num_threads, backend=backend)
 
     @overload
     def predict(
@@ -127,29 +157,33 @@ class Predictor:
         workers: int | None = None,
         *,
         logits: bool = False,
+        timings: Timings | None = None,
     ) -> Iterator[Prediction | FailedImage]:
         """One result a path, in order, as a stream; a bad image is a `FailedImage`, not an end. `logits` as `predict`.
 
         `workers` threads (None: one a processor, at most 8) read and decode ahead while the network computes,
         at most two batches ahead, so memory does not grow with the number of paths. A `FailedImage` among
-        the paths, as `expand_inputs` gives them, is passed on in its place.
+        the paths, as `expand_inputs` gives them, is passed on in its place. `timings` is filled in on the way.
         """
         _check_sizes(top, batch_size)
         workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         _check_count("workers", workers)
-        return self._stream(paths, top, batch_size, workers, logits)
+        timings = Timings() if timings is None else timings
+        timings.workers = workers
+        return self._stream(paths, top, batch_size, logits, timings)
 
     def _stream(
         self,
         paths: Iterable[str | os.PathLike[str] | FailedImage],
         top: int,
         batch_size: int,
-        workers: int,
         logits: bool,
+        timings: Timings,
     ) -> Iterator[Prediction | FailedImage]:
         remaining = iter(paths)
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="xception-decode")
-        ahead: deque[Future[_Prepared | FailedImage]] = deque()
+        pool = ThreadPoolExecutor(timings.workers, thread_name_prefix="xception-decode")
+        ahead: deque[Future[_Decoded]] = deque()
+        began = time.perf_counter()
 
         def look_ahead(count: int) -> None:
             ahead.extend(pool.submit(self._try_prepare, path) for path in islice(remaining, count))
@@ -157,41 +191,55 @@ class Predictor:
         try:
             look_ahead(2 * batch_size)
             while ahead:
-                items = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
-                look_ahead(len(items))
-                yield from self._scored(items, top, logits)
+                decoded = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
+                look_ahead(len(decoded))
+                timings.decoded += sum(item.seconds is not None for item in decoded)
+                timings.decoding_seconds += sum(item.seconds or 0 for item in decoded)
+                results = self._scored([item.result for item in decoded], top, logits, timings)
+                del decoded  # not kept while the caller does what it does with the results
+                timings.images += len(results)
+                timings.seconds = time.perf_counter() - began
+                yield from results
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _scored(
-        self, items: Sequence[_Prepared | FailedImage], top: int, logits: bool
-    ) -> Iterator[Prediction | FailedImage]:
-        good = [item for item in items if isinstance(item, _Prepared)]
-        rows = iter(self._logits([item.input for item in good]) if good else ())
+        self, items: Sequence[_Prepared | FailedImage], top: int, logits: bool, timings: Timings
+    ) -> list[Prediction | FailedImage]:
+        good = [item.input for item in items if isinstance(item, _Prepared)]
+        begin = time.perf_counter()
+        rows = iter(self._logits(good) if good else ())
+        timings.network_seconds += time.perf_counter() - begin
+        timings.computed += len(good)
+        results: list[Prediction | FailedImage] = []
         for item in items:
             if isinstance(item, FailedImage):
-                yield item
+                results.append(item)
                 continue
             try:
-                yield self._prediction(next(rows), item.path, top, logits)
+                results.append(self._prediction(next(rows), item.path, top, logits))
             except DataError as error:
-                yield FailedImage(item.path, str(error))
+                results.append(FailedImage(item.path, str(error)))
+        return results
 
-    def _try_prepare(self, path: str | os.PathLike[str] | FailedImage) -> _Prepared | FailedImage:
+    def _try_prepare(self, path: str | os.PathLike[str] | FailedImage) -> _Decoded:
         if isinstance(path, FailedImage):
-            return path
+            return _Decoded(path, None)
         name = os.fspath(path)
+        begin = time.perf_counter()
+        result: _Prepared | FailedImage
         try:
-            return _Prepared(name, self.info.preprocess(decode_image(name)))
+            result = _Prepared(name, self.info.preprocess.geometry(decode_image(name)))
         except XceptionError as error:
-            return FailedImage(name, str(error))
+            result = FailedImage(name, str(error))
         except MemoryError:
-            return FailedImage(name, "not enough memory to decode it")
+            result = FailedImage(name, "not enough memory to decode it")
+        return _Decoded(result, time.perf_counter() - begin)
 
     def _prepare(self, image: Any, place: str) -> Tensor:
-        """An image of any accepted kind as the network's input, float32 C H W; errors name file and place."""
+        """An image of any accepted kind in the network's size, uint8 C H W; errors name file and place."""
         try:
-            return self.info.preprocess(_as_array(image))
+            return self.info.preprocess.geometry(_as_array(image))
         except XceptionError as error:
             path = _path_of(image)
             where = ", ".join(part for part in (place, "" if path is None else shown(path)) if part)
@@ -204,11 +252,8 @@ class Predictor:
         return [self._prediction(row, path, top, logits) for row, path in zip(rows, paths, strict=True)]
 
     def _logits(self, inputs: Sequence[Tensor]) -> Tensor:
-        with torch.inference_mode():
-            # Depthwise convolutions are up to twice as fast with channels last (and evaluation has them so too).
-            batch = torch.stack(list(inputs)).to(self.device, self._dtype, memory_format=torch.channels_last)
-            logits: Tensor = self.model(batch)
-            return logits.double().cpu()
+        # Normalised here, not where they are decoded: what waits in line takes a quarter of the memory.
+        return self._runner.logits(self.info.preprocess.normalize(torch.stack(list(inputs))))
 
     def _prediction(self, row: Tensor, path: str | None, top: int, logits: bool) -> Prediction:
         if not torch.isfinite(row).all():
@@ -227,6 +272,13 @@ class Predictor:
 class _Prepared(NamedTuple):
     path: str
     input: Tensor
+    """uint8 C H W, in the network's size."""
+
+
+class _Decoded(NamedTuple):
+    result: _Prepared | FailedImage
+    seconds: float | None
+    """What it took; None for what had failed before."""
 
 
 def _check_sizes(top: int, batch_size: int) -> None:

@@ -1,0 +1,105 @@
+// AMX's eight tile registers: the instructions, or the same in plain code, so that what is written with them can be
+// tested on processors that have none. Tiles are 16 rows of 64 bytes, all of them, always.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "halves.hpp"
+
+#if defined(XCEPTION_EMULATE_TILES)
+
+namespace xception::XCEPTION_LEVEL {
+
+struct Tile {
+  alignas(64) std::uint8_t bytes[16][64];
+};
+inline thread_local Tile tiles[8];
+
+inline void begin_tiles() {}
+inline void end_tiles() {}
+template <int T>
+inline void tile_zero() {
+  __builtin_memset(&tiles[T], 0, sizeof(Tile));
+}
+template <int T>
+inline void tile_load(const void* p, std::int64_t stride) {
+  for (int r = 0; r < 16; ++r)
+    __builtin_memcpy(tiles[T].bytes[r], static_cast<const char*>(p) + r * stride, 64);
+}
+template <int T>
+inline void tile_store(void* p, std::int64_t stride) {
+  for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(p) + r * stride, tiles[T].bytes[r], 64);
+}
+template <class Half>
+inline void tile_dot_of(int c, int a, int b) {
+  float sums[16][16];
+  Half left[16][32], right[16][32];
+  __builtin_memcpy(sums, &tiles[c], sizeof(Tile));
+  __builtin_memcpy(left, &tiles[a], sizeof(Tile));
+  __builtin_memcpy(right, &tiles[b], sizeof(Tile));
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 16; ++n)
+        for (int j = 0; j < 2; ++j) sums[m][n] += widen(left[m][2 * k + j]) * widen(right[k][2 * n + j]);
+  __builtin_memcpy(&tiles[c], sums, sizeof(Tile));
+}
+template <int C, int A, int B>
+inline void tile_dot_bf16() {
+  tile_dot_of<bf16>(C, A, B);
+}
+template <int C, int A, int B>
+inline void tile_dot_f16() {
+  tile_dot_of<f16>(C, A, B);
+}
+
+}  // namespace xception::XCEPTION_LEVEL
+
+#else
+
+namespace xception::XCEPTION_LEVEL {
+
+// Each thread that uses tiles says first how large they are, and at the end that the system need not save them.
+inline void begin_tiles() {
+  struct alignas(64) Configuration {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  static constexpr Configuration configuration;
+  __asm__ volatile("ldtilecfg %0" : : "m"(configuration));
+}
+inline void end_tiles() { __asm__ volatile("tilerelease"); }
+
+// By assembly rather than intrinsics: gcc 12 has none for half precision, and so no flag has to allow the compiler
+// itself to use tiles. The clobbers keep it from moving the loads and stores of ordinary code across.
+template <int T>
+inline void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(T));
+}
+template <int T>
+inline void tile_load(const void* p, std::int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+inline void tile_store(void* p, std::int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+inline void tile_dot_bf16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+// tdpfp16ps by its bytes, since older assemblers do not know it: VEX.128.F2.0F38.W0 5C /r (Intel SDM vol. 2B). The
+// registers are fixed; `multiply_tiles` uses these four combinations only.
+template <int C, int A, int B>
+inline void tile_dot_f16() {
+  static_assert(C < 8 && A < 8 && B < 8);
+  // C4 E2 vvvv: 0(W) ~vvvv 0(L) 11(pp = F2) 5C 11 reg rm
+  __asm__ volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" : : "i"(((15 - B) << 3) | 3), "i"(0xc0 | (C << 3) | A));
+}
+
+}  // namespace xception::XCEPTION_LEVEL
+
+#endif

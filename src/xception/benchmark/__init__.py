@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy of inference: ours and each installed engine, side by side in one run."""

@@ -1,0 +1,143 @@
+"""The networks that are measured: one set of random weights, in the file of each engine.
+
+`xception` here has PyTorch's padding and epsilon (``numerics="torch"``), which is timm's `legacy_xception` exactly;
+`xception_tf` has TensorFlow's, which is what Keras has. Batch statistics are those of the images that are measured, so
+that activations neither vanish nor grow through 36 layers and errors of the logits mean something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from xception.benchmark.catalog import CATALOG
+from xception.data.preprocess import Preprocess
+from xception.models import registry
+from xception.weights.bundle import BundleInfo, load_bundle, save_bundle
+from xception.weights.keras_write import write_keras
+from xception.weights.torch_write import write_torch
+
+BUNDLE, TIMM, ONNX, KERAS = "network.safetensors", "timm.safetensors", "network.onnx", "network.keras"
+IMAGES, EXPECTED = "images.npy", "expected.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A network of `catalog.CATALOG`, and the images it is given; `options` are fields of its config."""
+
+    model: str
+    batch: int
+    size: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one image."""
+        published = CATALOG[self.model]
+        options = {**published.options, **self.options, "input_size": self.size}
+        return registry.describe(published.registry, **options).multiply_adds
+
+
+def pictures(count: int, size: int, seed: int = 1) -> NDArray[np.float32]:
+    """Smooth random images with some noise, N C H W, from -1 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 10, 10, generator=generator) * 2 - 1
+    smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+    noisy = smooth + 0.2 * torch.randn(count, 3, size, size, generator=generator)
+    found: NDArray[np.float32] = noisy.clamp(-1, 1).numpy()
+    return found
+
+
+def random_network(work: Work, seed: int = 0) -> nn.Module:
+    """The network of `work` in eval mode, its weights and the affine part of its normalisations random."""
+    published = CATALOG[work.model]
+    torch.manual_seed(seed)
+    model = registry.create_model(published.registry, **published.options, **work.options)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        if norm.affine:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, 0, 0.3)
+        norm.reset_running_stats()
+        norm.momentum = None  # of all batches, equally
+    with torch.no_grad():
+        model.train()(torch.from_numpy(pictures(4, work.size, seed=seed + 2)))
+    return model.eval()
+
+
+def write_work(work: Work, folder: Path, files: set[str]) -> None:
+    """Write the network into `folder` as each of `files`, with the images and the logits that PyTorch gives for them.
+
+    Raises `XceptionError` where a format cannot express the network.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = random_network(work)
+    config: Any = model.config
+    info = BundleInfo(
+        model=CATALOG[work.model].registry,
+        config=registry.config_to_dict(config),
+        class_names=tuple(map(str, range(config.num_classes))),
+        multi_label=False,
+        preprocess=Preprocess(size=(work.size, work.size)),
+    )
+    save_bundle(folder / BUNDLE, model, info)
+    images = pictures(work.batch, work.size)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images)).numpy()
+    np.save(folder / IMAGES, images)
+    np.save(folder / EXPECTED, expected)
+    if files & {TIMM, ONNX}:
+        write_torch(folder / TIMM, model, CATALOG[work.model].family)
+    if KERAS in files:
+        write_keras(folder / KERAS, model, info, "keras")
+    if ONNX in files:
+        _write_onnx(folder, work, model)
+
+
+def torch_network(folder: Path, case_model: str) -> nn.Module:
+    """timm's network with the weights of `folder`; ours where timm has none of these widths."""
+    from importlib import import_module
+
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / TIMM)
+    published = CATALOG[case_model]
+    timm: Any = import_module("timm")
+    model: nn.Module = timm.create_model(published.family.removeprefix("timm/"), pretrained=False)
+    if {key: value.shape for key, value in model.state_dict().items()} != {k: v.shape for k, v in tensors.items()}:
+        model, _ = load_bundle(folder / BUNDLE)
+        return model.eval()
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _write_onnx(folder: Path, work: Work, ours: nn.Module) -> None:
+    """timm's network (ours where timm is not installed), the number of images left open."""
+    try:
+        model = torch_network(folder, work.model)
+    except ModuleNotFoundError:
+        model = ours
+    images = torch.from_numpy(pictures(2, work.size))
+    open_batch = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (images,),
+            folder / ONNX,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=open_batch,
+            external_data=False,
+            verbose=False,
+        )

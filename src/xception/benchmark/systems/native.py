@@ -1,0 +1,35 @@
+"""This package: `xception.compile`, in each of its precisions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from xception.benchmark.case import Case, Loaded, System, Unsupported, Variant
+
+
+def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
+    from xception.benchmark.networks import BUNDLE
+    from xception.inference.compiled import PRECISIONS, compile_model
+    from xception.weights.bundle import load_bundle
+
+    if case.precision not in PRECISIONS:
+        raise Unsupported(f"precisions here are {', '.join(PRECISIONS)}")
+    model, _ = load_bundle(folder / BUNDLE)
+    compiled = compile_model(model, case.precision, num_threads=case.threads, mode=case.mode)
+    if compiled.backend != "native":
+        raise Unsupported(f"this network would run in PyTorch: {compiled.reason}")
+    del model
+    batch = images.transpose(0, 2, 3, 1).copy()
+    return Loaded(call=lambda: compiled(batch), logits=lambda result: result.numpy(), images=len(images))
+
+
+SYSTEM = System(
+    name="xception",
+    needs=("torch",),
+    files=("network.safetensors",),
+    variants=tuple(Variant(name="compiled", precision=precision) for precision in ("fp32", "bf16", "fp16")),
+    load=load,
+)

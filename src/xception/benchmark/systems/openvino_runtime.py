@@ -1,0 +1,87 @@
+"""OpenVINO on its CPU plugin, the precision forced, since it takes bf16 by itself where the machine has it.
+
+Three ways: "async" is the throughput hint with single images kept in flight, as many as it asks for; "async-batch" the
+same with whole batches; "sync" the latency hint with one request of the whole batch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xception.benchmark.case import Case, Loaded, System, Unsupported, Variant
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
+
+
+def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
+    from xception.benchmark.networks import ONNX
+
+    openvino: Any = import_module("openvino")
+    core = openvino.Core()
+    if _CAPABILITIES[case.precision] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise Unsupported(f"its CPU plugin has no {case.precision} on this machine")
+    model = core.read_model(folder / ONNX)
+    each = images[:1] if case.variant == "async" else images
+    model.reshape(list(each.shape))
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY" if case.variant == "sync" else "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": _HINTS[case.precision],
+        "INFERENCE_NUM_THREADS": case.threads,
+    }
+    compiled = core.compile_model(model, "CPU", settings)
+    if case.variant == "sync":
+        request = compiled.create_infer_request()
+
+        def infer() -> Any:
+            request.infer([images], share_inputs=True)
+            return request.get_output_tensor().data
+
+        return Loaded(call=infer, logits=lambda result: np.array(result, np.float32), images=len(images))
+    return _queued(openvino.AsyncInferQueue(compiled), images, len(each))
+
+
+def _queued(queue: Any, images: NDArray[Any], batch: int) -> Loaded:
+    """A call keeps the queue full through four requests a place in it, so that filling and emptying it weigh little."""
+    requests = 4 * max(len(queue), -(-len(images) // batch))
+    parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+    found: dict[int, NDArray[Any]] = {}
+
+    def keep(request: Any, part: int) -> None:
+        found[part] = request.get_output_tensor().data.copy()
+
+    queue.set_callback(keep)
+
+    def call() -> Any:
+        for number in range(requests):
+            part = number % len(parts)
+            queue.start_async([parts[part]], userdata=part, share_inputs=True)
+        queue.wait_all()
+        return found
+
+    def logits(result: Any) -> NDArray[Any]:
+        return np.concatenate([result[part] for part in range(len(parts))]).astype(np.float32)
+
+    return Loaded(call=call, logits=logits, images=requests * batch)
+
+
+SYSTEM = System(
+    name="openvino",
+    needs=("openvino",),
+    files=("network.onnx",),
+    variants=tuple(
+        Variant(name=name, precision=precision, modes=modes)
+        for precision in ("fp32", "bf16", "fp16")
+        for name, modes in (
+            ("async", ("throughput",)),
+            ("async-batch", ("throughput",)),
+            ("sync", ("throughput", "latency")),
+        )
+    ),
+    load=load,
+)

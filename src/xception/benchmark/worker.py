@@ -1,0 +1,99 @@
+"""A process for one system: ``python -m xception.benchmark.worker``, which reads orders as JSON lines and answers them.
+
+Orders: ``load`` (a case and the folder of its network) imports the system's packages, loads the network and compares
+its logits; ``time`` (seconds) runs it. Standard output is kept for the answers; what libraries print goes to standard
+error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from xception.benchmark.case import Case, Loaded, Unsupported
+from xception.benchmark.memory import reset_peak, resident_mb
+
+MAX_CALLS = 100_000
+
+
+def load(order: dict[str, Any]) -> tuple[dict[str, Any], Loaded]:
+    """The answer to ``load``, and what was loaded."""
+    import numpy as np
+
+    from xception.benchmark.systems import ALL_SYSTEMS
+
+    case = Case(**order["case"])
+    system = ALL_SYSTEMS[case.system]
+    for name in system.needs:
+        import_module(name)
+    if system.files:
+        import_module("xception.benchmark.networks")
+    base = reset_peak()
+    folder = Path(order["folder"])
+    images = np.load(folder / "images.npy")[: case.batch] if system.files else np.zeros((1, 1, 1, 1), np.float32)
+    loaded = system.load(case, folder, images)
+    answer: dict[str, Any] = {"base_mb": base}
+    result = loaded.call()
+    if loaded.logits is not None:
+        expected = np.load(folder / "expected.npy")[: case.batch].astype(np.float64)
+        answer["logit_error"] = relative_error(loaded.logits(result), expected)
+    return answer, loaded
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """|found - expected| / |expected|, Euclidean; infinity where shapes differ or numbers are not finite."""
+    import numpy as np
+
+    if np.shape(found) != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def run(loaded: Loaded, seconds: float, typical: bool) -> float:
+    """Images a second: one call that is not counted, then calls for `seconds`, at least one.
+
+    `typical` takes the median call, as latency is told; else the mean, which is what throughput is.
+    """
+    loaded.call()
+    taken: list[float] = []
+    while sum(taken) < seconds and len(taken) < MAX_CALLS:
+        began = time.perf_counter()
+        loaded.call()
+        taken.append(time.perf_counter() - began)
+    return loaded.images / (median(taken) if typical else fmean(taken))
+
+
+def main() -> None:
+    """Answer orders until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    loaded: Loaded | None = None
+    base = 0.0
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer: dict[str, Any]
+        try:
+            if order["do"] == "load":
+                answer, loaded = load(order)
+                base = answer["base_mb"]
+            else:
+                assert loaded is not None
+                answer = {"rate": run(loaded, order["seconds"], order["typical"])}
+                answer["peak_memory_mb"] = resident_mb("VmHWM") - base
+        except Unsupported as error:
+            answer = {"unsupported": str(error)}
+        except Exception as error:  # an engine raises anything
+            lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+            answer = {"error": f"{type(error).__name__}: {(lines or ['no message'])[0][:300]}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Whole networks through the compiled executor: PyTorch's numbers, every level, any batch, size, layout and caller."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from native_levels import LEVELS, network
+from torch import Tensor, nn
+
+import xception
+from xception.errors import ConfigError
+from xception.inference.compiled import CompiledModel, compile_model
+from xception.inference.lowering import lower
+
+pytest.importorskip("xception._native")
+
+NARROW: dict[str, Any] = {
+    "entry_widths": (24, 40, 56), "middle_modules": 2, "exit_widths": (70, 80, 90), "num_classes": 7,
+}  # fmt: skip
+# The relative difference that half precision may make over a whole network of random weights.
+NETWORK_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 6e-3}
+
+COVERED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "the paper's, narrow": ("xception", NARROW, 75),
+    "torch numerics": ("xception", {**NARROW, "numerics": "torch"}, 64),
+    "ELU between": ("xception", {**NARROW, "intermediate_activation": "elu"}, 65),
+    "ReLU between": ("xception", {**NARROW, "intermediate_activation": "relu"}, 65),
+    "no residual": ("xception", {**NARROW, "residual": False}, 64),
+    "output stride 8": ("xception", {**NARROW, "output_stride": 8}, 65),
+    "output stride 16, torch": ("xception", {**NARROW, "output_stride": 16, "numerics": "torch"}, 70),
+    "tied": ("xception", {**NARROW, "tied_middle": True, "middle_modules": 3}, 64),
+    "hidden layers": ("xception", {**NARROW, "fully_connected": (50, 30), "pooling": "max"}, 64),
+    "hidden layers of another kind": (
+        "xception",
+        {**NARROW, "fully_connected": (50,), "hidden_activations": ("gelu",)},
+        64,
+    ),
+    "small": ("xception_small", {}, 28),
+    "small, padded evenly": ("xception_small", {"numerics": "torch", "stem_stride": 1}, 20),
+    "one channel": ("xception", {**NARROW, "in_channels": 1}, 64),
+    "aligned": ("xception41", {"middle_modules": 1, "num_classes": 5}, 65),
+    "aligned, output stride 8": ("xception71", {"middle_modules": 1, "num_classes": 5, "output_stride": 8}, 65),
+}
+UNCOVERED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "segments": ("xception", {**NARROW, "segments": 3}, "several channels a segment"),
+    "pointwise first": ("xception", {**NARROW, "order": "pointwise_depthwise"}, "pointwise convolutions before"),
+    "pre-activated": ("xception41p", {"middle_modules": 1, "num_classes": 5}, "pre-activated"),
+    "another family": ("inception_v1", {"num_classes": 5}, "is no Xception"),
+}
+
+
+def model_of(name: str, options: dict[str, Any], seed: int = 0) -> nn.Module:
+    """Random weights, and statistics that are not those of the start."""
+    torch.manual_seed(seed)
+    model = xception.create_model(name, **options).eval()
+    for key, tensor in model.state_dict().items():
+        if key.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif key.endswith("running_mean") or (key.endswith("norm.bias")):
+            tensor.normal_(0, 0.1)
+        elif key.endswith("norm.weight"):
+            tensor.uniform_(0.7, 1.3)
+    return model
+
+
+def images(model: nn.Module, count: int, height: int, width: int) -> Tensor:
+    return torch.randn(count, model.config.in_channels, height, width)  # type: ignore[union-attr, arg-type]
+
+
+def close(found: Tensor, expected: Tensor, kind: str = "fp32") -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=NETWORK_TOLERANCE[kind] * scale)
+
+
+@pytest.mark.parametrize("case", COVERED)
+def test_covered_networks(case: str) -> None:
+    name, options, size = COVERED[case]
+    model = model_of(name, options)
+    compiled = xception.compile(model, num_threads=2)
+    assert (compiled.backend, compiled.reason) == ("native", None)
+    for count, width in ((1, size), (3, size + 6)):
+        x = images(model, count, size, width)
+        with torch.no_grad():
+            features = model.forward_features(x)  # type: ignore[operator]
+            close(compiled(x), model(x))
+            close(compiled(x, "features"), features)
+            pooled = features.amax((2, 3)) if options.get("pooling") == "max" else features.mean((2, 3))
+            close(compiled(x, "pooled"), pooled)
+
+
+@pytest.mark.parametrize(("level", "kind"), LEVELS)
+@pytest.mark.parametrize("case", ["the paper's, narrow", "small", "aligned"])
+def test_every_level(level: str, kind: str, case: str) -> None:
+    name, options, size = COVERED[case]
+    model = model_of(name, options)
+    x = images(model, 3, size, size + 1)
+    with torch.no_grad():
+        expected = model(x)
+    for threads in (1, 2):
+        net = network(level, kind, x.shape[1], threads)
+        value = lower(model, net).logits
+        assert value is not None
+        output = np.full((3, *net.shape(value, size, size + 1)), np.nan, np.float32)
+        net.run(np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy()), value, output)
+        close(torch.from_numpy(output)[:, :, 0, 0], expected, kind)
+
+
+@pytest.mark.parametrize("case", UNCOVERED)
+def test_what_is_not_covered_runs_in_torch_and_says_so(case: str) -> None:
+    name, options, reason = UNCOVERED[case]
+    model = model_of(name, options)
+    compiled = xception.compile(model)
+    assert compiled.backend == "torch"
+    assert reason in str(compiled.reason)
+    assert reason in repr(compiled)
+    x = images(model, 2, 64, 64)
+    with torch.no_grad():
+        close(compiled(x), model(x))
+    with pytest.raises(ConfigError, match=reason):
+        xception.compile(model, backend="native")
+
+
+@pytest.fixture(scope="module")
+def narrow() -> nn.Module:
+    return model_of("xception", NARROW)
+
+
+def test_layouts_and_kinds_of_images(narrow: nn.Module) -> None:
+    compiled = xception.compile(narrow, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    x = images(narrow, 2, 64, 70)
+    expected = compiled(x)
+    last = x.permute(0, 2, 3, 1)
+    same = [x.numpy(), last, last.contiguous(), last.numpy(), x.to(memory_format=torch.channels_last)]
+    wide = torch.zeros(2, 3, 64, 140)
+    wide[:, :, :, ::2] = x
+    for other in (*same, wide[:, :, :, ::2]):
+        assert torch.equal(compiled(other), expected)
+    pixels = torch.randint(0, 256, (2, 3, 64, 70), dtype=torch.uint8)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    close(compiled(pixels), compiled((pixels.float() / 255 - mean) / std))
+    assert torch.equal(compiled(pixels), compiled(pixels.permute(0, 2, 3, 1).numpy()))
+    assert compiled(x[:0]).shape == (0, 7)
+
+
+def test_the_input_and_the_model_are_left_alone(narrow: nn.Module) -> None:
+    model = model_of("xception", NARROW).train()
+    x = images(model, 2, 64, 64)
+    before = x.clone(), {k: v.clone() for k, v in model.state_dict().items()}
+    compiled = xception.compile(model)
+    result = compiled(x)
+    assert model.training
+    assert torch.equal(x, before[0])
+    assert all(torch.equal(v, before[1][k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(compiled(x), result)
+
+
+@pytest.mark.parametrize("mode", ["throughput", "latency"])
+def test_numbers_depend_on_nothing_but_the_image(narrow: nn.Module, mode: Any) -> None:
+    x = images(narrow, 9, 64, 64)
+    one = xception.compile(narrow, num_threads=1)
+    expected = torch.cat([one(x[i : i + 1]) for i in range(9)])
+    for threads in (1, 2, 3):
+        compiled = xception.compile(narrow, num_threads=threads, mode=mode)
+        for count in (1, 2, 5, 9):
+            assert torch.equal(compiled(x[:count]), expected[:count])
+
+
+def test_many_threads_at_once(narrow: nn.Module) -> None:
+    compiled = xception.compile(narrow, num_threads=2)
+    inputs = [images(narrow, 1 + i % 3, 40, 40 + i) for i in range(8)]
+    expected = [compiled(x) for x in inputs]
+
+    def calls(i: int) -> bool:
+        return all(torch.equal(compiled(inputs[(i + k) % 8]), expected[(i + k) % 8]) for k in range(60))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(calls, range(8)))
+
+
+@pytest.mark.slow
+def test_a_thousand_calls_of_each_of_eight_threads(narrow: nn.Module) -> None:
+    compiled = xception.compile(narrow, num_threads=2)
+    x = images(narrow, 2, 40, 40)
+    expected = compiled(x)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda _: torch.equal(compiled(x), expected), range(8000)))
+
+
+_FORK = """
+import os, sys, torch, xception
+torch.manual_seed(0)
+model = xception.create_model("xception_small").eval()
+compiled = xception.compile(model, num_threads=3)
+x = torch.randn(7, 3, 28, 28)
+expected = compiled(x)
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        ok = torch.equal(compiled(x), expected)
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0 if torch.equal(compiled(x), expected) else 1)
+        os._exit(0 if ok and os.waitpid(grandchild, 0)[1] == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(compiled(x), expected)
+print("well")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_a_fork() -> None:
+    done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "well\n", done.stderr
+
+
+def test_cap(monkeypatch: pytest.MonkeyPatch, narrow: nn.Module) -> None:
+    levels = {"scalar": "scalar", "avx2": "avx2", "avx512": "avx512"}
+    x = images(narrow, 1, 64, 64)
+    with torch.no_grad():
+        expected = narrow(x)
+    available = xception.compile(narrow).level
+    for cap, level in levels.items():
+        if (level, "fp32") in LEVELS:
+            monkeypatch.setenv("XCEPTION_MAX_ISA", cap)
+            compiled = xception.compile(narrow)
+            assert compiled.level == level
+            close(compiled(x), expected)
+    assert available in levels.values()
+
+
+def test_precision_is_its_error(narrow: nn.Module) -> None:
+    """Half precision differs, and by no more than torch's own does."""
+    x = images(narrow, 4, 75, 75)
+    with torch.inference_mode():
+        expected = narrow(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = narrow(x).float()
+    ours = xception.compile(narrow, "bf16")(x)
+    error, torchs = (float((y - expected).norm() / expected.norm()) for y in (ours, theirs))
+    assert 0 < error < 1.1 * torchs
+    assert 0 < float((xception.compile(narrow, "fp16")(x) - expected).norm() / expected.norm()) < error
+
+
+def test_wrong_use(narrow: nn.Module) -> None:
+    for name, value, message in (
+        ("precision", "int4", "precision must be one of fp32, bf16, fp16; got 'int4'"),
+        ("mode", "fast", "mode must be throughput or latency; got 'fast'"),
+        ("backend", "gpu", "backend must be auto, native or torch; got 'gpu'"),
+        ("num_threads", 0, "num_threads must be from 1 to 1024; got 0"),
+        ("num_threads", 1.5, "num_threads must be from 1 to 1024; got 1.5"),
+        ("mean", (0.5,), "mean must be a number for each of 3 channels"),
+        ("std", (0.5, 0.5, 0.0), "std must be"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compile_model(narrow, **{name: value})
+    compiled: CompiledModel = xception.compile(narrow)
+    x = images(narrow, 1, 64, 64)
+    wrong: list[tuple[Any, str]] = [
+        (x[0], r"expected images of N C H W or N H W C, got \(3, 64, 64\)"),
+        ("image.jpg", "got str"),
+        (None, "got NoneType"),
+        (x[:, :2], r"expected images of 3 channels, got \(1, 2, 64, 64\)"),
+        (x.double(), "expected images in float32 or uint8, got torch.float64"),
+        (x[:, :, :20], "expected images of at least 32x32 pixels, got 20x64"),
+    ]
+    for bad, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            compiled(bad)
+    with pytest.raises(ConfigError, match="output must be logits, features or pooled; got 'masks'"):
+        compiled(x, "masks")  # type: ignore[arg-type]
+
+
+def test_spawned_processes(narrow: nn.Module) -> None:
+    """Nothing of the executor is inherited, and nothing has to be."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_small_sum) == pytest.approx(_small_sum(), rel=1e-5)
+
+
+def _small_sum() -> float:
+    model = model_of("xception_small", {})
+    return float(xception.compile(model, num_threads=1)(torch.ones(1, 3, 28, 28)).sum())

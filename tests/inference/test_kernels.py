@@ -1,0 +1,276 @@
+"""The executor's layers against their definition in float64: every level, odd sizes, every option, NaN and infinity.
+
+Each case is a first convolution of 1x1 with the identity as weights, which brings the input in, then the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from native_levels import LEVELS, TOLERANCE, network
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xception.ops import reference
+
+pytest.importorskip("xception._native")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, its input's size, and what is around it."""
+
+    kind: str = "separable"
+    images: int = 1
+    height: int = 7
+    width: int = 9
+    channels: int = 5
+    out_channels: int = 6
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    padding: str = "same"
+    amount: int = 0
+    input_relu: bool = False
+    middle: str = "none"
+    activation: str = "none"
+    bias: bool = True
+    residual: bool = False
+    threads: int = 1
+
+
+def numbers(*shape: int, seed: int) -> NDArray[np.float32]:
+    """Values that every type holds exactly: multiples of 1/8 up to 2."""
+    return np.random.default_rng(seed).integers(-16, 17, shape).astype(np.float32) / 8
+
+
+def sampling(case: Case) -> dict[str, Any]:
+    amount = {"amount": case.amount} if case.padding == "fixed" else {}
+    return {
+        "kernel": case.kernel,
+        "stride": case.stride,
+        "dilation": case.dilation,
+        "padding": case.padding,
+        **amount,
+    }
+
+
+def padded(case: Case, x: Tensor, value: float) -> Tensor:
+    if case.padding == "same":
+        return reference.pad_same(x, case.kernel, case.stride, case.dilation, value=value)
+    return F.pad(x, (case.amount,) * 4, value=value)
+
+
+class Layer:
+    """A case's weights, the executor's result and the definition's."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        taps = case.kernel**2
+        self.filters = numbers(taps, case.channels, seed=1)
+        self.filter_bias = numbers(case.channels, seed=2) if case.bias else None
+        depth = case.channels * (taps if case.kind == "convolution" else 1)
+        self.weights = numbers(case.out_channels, depth, seed=3)
+        self.bias = numbers(case.out_channels, seed=4) if case.bias else None
+        self.beside = numbers(case.out_channels, case.channels, seed=5)
+
+    def expected(self, x: Tensor) -> Tensor:
+        """In float64, by plain PyTorch."""
+        case = self.case
+        x = x.double()
+        y = F.relu(x) if case.input_relu else x
+        options = {"stride": case.stride, "dilation": case.dilation}
+        bias = None if self.bias is None else torch.from_numpy(self.bias).double()
+        if case.kind == "pool":
+            return F.max_pool2d(padded(case, x, -torch.inf), case.kernel, **options)
+        y = padded(case, y, 0.0)
+        k = case.kernel
+        if case.kind == "separable":
+            filters = torch.from_numpy(self.filters.T.copy()).double().reshape(-1, 1, k, k)
+            middle = None if self.filter_bias is None else torch.from_numpy(self.filter_bias).double()
+            y = F.conv2d(y, filters, middle, groups=case.channels, **options)
+            y = F.conv2d(reference.activate(y, case.middle), torch.from_numpy(self.weights).double()[:, :, None, None])
+        else:
+            weights = torch.from_numpy(self.weights).double().reshape(-1, k, k, case.channels).permute(0, 3, 1, 2)
+            y = F.conv2d(y, weights, **options)
+        if bias is not None:
+            y = y + bias[:, None, None]
+        if case.residual:
+            y = y + F.conv2d(x, torch.from_numpy(self.beside).double()[:, :, None, None])
+        return reference.activate(y, case.activation)
+
+    def computed(self, level: str, kind: str, x: Tensor) -> Tensor:
+        """By the kernels, into memory that held something else."""
+        case = self.case
+        net = network(level, kind, case.channels, case.threads)
+        eye = np.eye(case.channels, dtype=np.float32)
+        value = net.convolution(0, weights=eye, kernel=1)
+        options: dict[str, Any] = sampling(case)
+        if case.kind != "pool":
+            options |= {"weights": self.weights, "bias": self.bias, "input_relu": case.input_relu}
+            options |= {"activation": case.activation}
+            if case.residual:
+                options["residual"] = net.convolution(value, weights=self.beside, kernel=1)
+        if case.kind == "separable":
+            options |= {"filters": self.filters, "filter_bias": self.filter_bias, "middle": case.middle}
+        result = getattr(net, case.kind)(value, **options)
+        count, _, height, width = x.shape
+        images = np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
+        output = np.full((count, *net.shape(result, height, width)), 12345.0, np.float32)
+        net.run(images, result, output)
+        again = np.full_like(output, -54321.0)
+        net.run(images, result, again)
+        assert np.array_equal(output, again, equal_nan=True)
+        return torch.from_numpy(output)
+
+
+def check(case: Case, level: str, kind: str, x: Tensor | None = None) -> None:
+    shape = (case.images, case.height, case.width, case.channels)
+    given_x = torch.from_numpy(numbers(*shape, seed=0)).permute(0, 3, 1, 2) if x is None else x
+    layer = Layer(case)
+    expected = layer.expected(given_x)
+    computed = layer.computed(level, kind, given_x)
+    assert computed.shape == expected.shape
+    # In 16 bits the depthwise result is rounded before the product: its error is of the size of the terms.
+    scale = float(expected.abs().max()) + (0 if kind == "fp32" else float(layer.expected(given_x.abs()).abs().max()))
+    torch.testing.assert_close(
+        computed.double(), expected, rtol=0, atol=TOLERANCE[kind] * max(scale, 1.0), equal_nan=True, msg=f"{case} {level}"
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    kind = draw(st.sampled_from(["separable", "separable", "convolution", "pool"]))
+    kernel = draw(st.sampled_from([1, 2, 3, 3, 3, 5]))
+    dilation = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    reach = (kernel - 1) * dilation + 1
+    fixed = draw(st.booleans())
+    channels = draw(st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 40, 64, 65]))
+    least = reach if fixed else 1
+    case = Case(
+        kind=kind,
+        images=draw(st.integers(1, 3)),
+        height=draw(st.integers(least, least + 12)),
+        width=draw(st.integers(least, least + 30)),
+        channels=min(channels, 64),
+        out_channels=draw(st.sampled_from([1, 2, 15, 16, 17, 32, 33, 64, 70])),
+        kernel=kernel,
+        stride=draw(st.integers(1, 3)),
+        dilation=dilation,
+        padding="fixed" if fixed else "same",
+        amount=draw(st.integers(0, reach // 2)) if fixed else 0,
+        input_relu=draw(st.booleans()),
+        middle=draw(st.sampled_from(["none", "none", "relu", "elu"])),
+        activation=draw(st.sampled_from(["none", "relu", "elu"])),
+        bias=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        threads=draw(st.integers(1, 3)),
+    )
+    if case.kind == "pool":
+        return replace(case, out_channels=case.channels, amount=min(case.amount, case.kernel // 2), residual=False)
+    same_size = case.stride == 1 and (case.padding == "same" or 2 * case.amount == reach - 1)
+    return replace(case, residual=case.residual and same_size)
+
+
+@pytest.mark.parametrize(("level", "kind"), LEVELS)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+@example(case=Case(height=19, width=19, channels=33, out_channels=65, residual=True, input_relu=True))
+@example(case=Case(height=1, width=1, channels=1, out_channels=1))
+@example(case=Case(images=5, height=3, width=40, threads=3, activation="relu"))
+@example(case=Case(kind="pool", out_channels=5, stride=2, height=8, width=9, images=2))
+@example(case=Case(kind="convolution", kernel=1, stride=2, padding="fixed", channels=17, out_channels=40))
+def test_layers(level: str, kind: str, case: Case) -> None:
+    check(case, level, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "kind"), LEVELS)
+@settings(max_examples=3000, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_layers_at_length(level: str, kind: str, case: Case) -> None:
+    check(case, level, kind)
+
+
+@pytest.mark.parametrize(("level", "kind"), LEVELS)
+@pytest.mark.parametrize("layer", ["separable", "convolution", "pool"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_carried(level: str, kind: str, layer: str, value: float) -> None:
+    """To the pixels whose windows hold it, and to no other."""
+    # One channel: the convolution that brings the image in would spread a NaN over several.
+    case = Case(kind=layer, height=11, width=13, channels=1, out_channels=1 if layer == "pool" else 20, bias=False)
+    x = torch.from_numpy(np.abs(numbers(1, 11, 13, 1, seed=0)) + 0.125).permute(0, 3, 1, 2)
+    x[0, 0, 5, 6] = value
+    made = Layer(case)
+    made.filters, made.weights = np.abs(made.filters) + 0.125, np.abs(made.weights) + 0.125
+    expected, computed = made.expected(x), made.computed(level, kind, x)
+    assert torch.equal(expected.isfinite(), computed.isfinite())
+    if layer == "pool" or not np.isnan(value):
+        torch.testing.assert_close(expected.isnan(), computed.isnan())
+    near = torch.zeros(11, 13, dtype=torch.bool)
+    near[4:7, 5:8] = True
+    assert computed[0][:, ~near].isfinite().all()
+
+
+@pytest.mark.parametrize(("level", "kind"), LEVELS)
+def test_no_images(level: str, kind: str) -> None:
+    assert Layer(Case()).computed(level, kind, torch.zeros(0, 5, 7, 9)).shape == (0, 6, 7, 9)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9])
+def test_numbers_do_not_depend_on_the_threads(threads: int, count: int) -> None:
+    """Nor on which images are computed together: bit for bit."""
+    level, kind = LEVELS[-1] if LEVELS[-1][0] != "amx_emulated" else LEVELS[-3]
+    case = Case(images=count, height=40, width=33, channels=24, out_channels=40, stride=2)
+    x = torch.from_numpy(numbers(count, 40, 33, 24, seed=0)).permute(0, 3, 1, 2)
+    alone = torch.cat([Layer(case).computed(level, kind, x[i : i + 1]) for i in range(count)])
+    assert torch.equal(Layer(replace(case, threads=threads)).computed(level, kind, x), alone)
+
+
+def test_wrong_use_is_refused() -> None:
+    net = network("scalar", "fp32", 3)
+    weights = np.zeros((4, 27), np.float32)
+    value = net.convolution(0, weights=weights, kernel=3)
+    wrong: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
+        ("unknown input", "convolution", (9,), {"weights": weights, "kernel": 3}),
+        ("expected 12 numbers as weights, got 108", "convolution", (0,), {"weights": weights, "kernel": 1}),
+        ("expected a kernel of 1 to 15", "convolution", (0,), {"weights": weights, "kernel": 16}),
+        ("unknown padding", "pool", (value,), {"kernel": 3, "padding": "reflect"}),
+        ("unknown activation", "convolution", (0,), {"weights": weights, "kernel": 3, "activation": "gelu"}),
+        ("stride or dilation", "pool", (value,), {"kernel": 3, "stride": 0}),
+        ("a regular convolution has to come first", "pool", (0,), {"kernel": 3}),
+        ("linear layers, and only they", "linear", (value,), {"weights": np.zeros((2, 4), np.float32)}),
+        ("residual value does not have", "pool", (value,), {"kernel": 3, "residual": 0}),
+    ]
+    for message, method, positional, named in wrong:
+        with pytest.raises(ValueError, match=message):
+            getattr(net, method)(*positional, **named)
+    output = np.zeros((1, 4, 6, 6), np.float32)
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    net.run(images, value, output)
+    for bad in (images.astype(np.float64), images[:, ::2], images.transpose(0, 3, 1, 2), images[0], "no array", None):
+        with pytest.raises((TypeError, ValueError)):
+            net.run(bad, value, output)
+    for bad in (output[:, :3], output.astype(np.float64), np.zeros((2, 4, 6, 6), np.float32)):
+        with pytest.raises((TypeError, ValueError)):
+            net.run(images, value, bad)
+    frozen = output.copy()
+    frozen.flags.writeable = False
+    with pytest.raises((TypeError, ValueError)):
+        net.run(images, value, frozen)
+    with pytest.raises(ValueError, match="too small"):
+        net.run(np.zeros((1, 2, 2, 3), np.float32), value, output)
+    for level in ("avx1024", "amx_fp16" if ("amx_fp16", "fp16") not in LEVELS else "neon"):
+        with pytest.raises(ValueError, match="this processor does not run"):
+            network(level, "fp32", 3)
+    for threads in (0, -1, 5000):
+        with pytest.raises(ValueError, match="threads"):
+            network("scalar", "fp32", 3, threads)
