@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <stdexcept>
@@ -161,6 +162,18 @@ void bind_network(nb::module_& m) {
           "value"_a, "height"_a, "width"_a, "Channels, height and width of a value for images of this size.")
       .def("run", &run, nb::arg("images").noconvert(), "value"_a, nb::arg("output").noconvert(),
            "Images N H W C, float32 and contiguous, to `output` N C H W of the value.")
+      .def(
+          "profile",
+          [](Network& n, const Floats<4>& images, int value, int repeats) {
+            const xception::Tensor3 first = n.shape(0, size_of(images.shape(1)), size_of(images.shape(2)));
+            if (images.shape(3) != static_cast<std::size_t>(first.channels) || images.shape(0) > 4096)
+              throw std::invalid_argument("expected at most 4,096 images of the network's channels");
+            const nb::gil_scoped_release release;
+            return n.profile(images.data(), size_of(images.shape(0)), size_of(images.shape(1)),
+                             size_of(images.shape(2)), value, repeats);
+          },
+          nb::arg("images").noconvert(), "value"_a, "repeats"_a = 5,
+          "Seconds that each layer up to `value` takes one thread for these images: the least of `repeats`.")
       .def_prop_ro("threads", &Network::threads)
       .def_prop_ro("level", &Network::level)
       .def_prop_ro("weight_bytes", &Network::weight_bytes)

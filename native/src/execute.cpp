@@ -1,6 +1,9 @@
 // Running a network: sizes, memory, and which thread does what.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <ctime>
+#include <limits>
 #include <stdexcept>
 
 #include "halves.hpp"
@@ -20,6 +23,17 @@ constexpr std::size_t kSlack = 32 * kLineBytes;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 std::size_t index_of(int i) { return static_cast<std::size_t>(i); }
+
+// Of processor time where the system counts it a thread, so that other programs do not show.
+double thread_seconds() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+#else
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+#endif
+}
 
 struct Axis {
   int size, before;
@@ -309,14 +323,8 @@ void Network::fetch(const Layout& layout, int value, const std::byte* arena, flo
 void Network::run(const float* images, int count, int height, int width, int value, float* output) {
   const std::lock_guard lock(mutex_);
   if (layouts_.size() > kMaxLayouts) layouts_.clear();  // here, where nobody holds one
-  channels_of(value);
-  if (value == 0) throw std::invalid_argument("value 0 is the image itself");
-  if (count == 0) {
-    lay_out(1, height, width, value);
-    return;
-  }
-  if (static_cast<std::int64_t>(height) * width > kMaxPixels)
-    throw std::invalid_argument("images of more than 268,435,456 pixels");
+  check(height, width, value);
+  if (count == 0) return;
   const std::int64_t image_size = static_cast<std::int64_t>(height) * width * channels_[0];
   const int threads = team_.size();
   // Small images go through the layers together, so that weights are worth loading.
@@ -379,6 +387,32 @@ void Network::run(const float* images, int count, int height, int width, int val
     });
     first += left;
   }
+}
+
+std::vector<double> Network::profile(const float* images, int count, int height, int width, int value, int repeats) {
+  const std::lock_guard lock(mutex_);
+  check(height, width, value);
+  std::vector<double> seconds(index_of(value), std::numeric_limits<double>::infinity());
+  const Layout& layout = layout_for(std::max(count, 1), height, width, value);
+  Worker& worker = workers_[0];
+  reserve(worker, layout, true);
+  if (kernels_->begin_thread != nullptr) kernels_->begin_thread();
+  for (int repeat = 0; repeat < repeats && count > 0; ++repeat)
+    for (int i = 0; i < value; ++i) {
+      const double begin = thread_seconds();
+      run_layer(layers_[index_of(i)], layout, index_of(i), worker.arena.data(), images, worker, {0, 1});
+      seconds[index_of(i)] = std::min(seconds[index_of(i)], thread_seconds() - begin);
+    }
+  if (kernels_->end_thread != nullptr) kernels_->end_thread();
+  return seconds;
+}
+
+void Network::check(int height, int width, int value) const {
+  channels_of(value);
+  if (value == 0) throw std::invalid_argument("value 0 is the image itself");
+  if (static_cast<std::int64_t>(height) * width > kMaxPixels)
+    throw std::invalid_argument("images of more than 268,435,456 pixels");
+  lay_out(1, height, width, value);  // refuses what is too small
 }
 
 }  // namespace xception

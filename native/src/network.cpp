@@ -3,8 +3,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <cstdlib>
 #include <new>
 #include <stdexcept>
+
+#if defined(_WIN32)
+#include <malloc.h>
+#elif defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "halves.hpp"
 
@@ -28,12 +35,30 @@ Buffer padded(std::span<const float> values, int count) {
 }  // namespace
 
 Buffer::Buffer(std::size_t bytes) : size_(bytes) {
-  // Whole large pages, where it is worth it.
+  constexpr std::size_t kLargePage = 2 << 20;
   const std::size_t rounded = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes + kLineBytes;
-  data_.reset(static_cast<std::byte*>(::operator new(rounded, std::align_val_t{kLineBytes})));
+  const std::size_t alignment = rounded >= kLargePage ? kLargePage : kLineBytes;
+  const std::size_t whole = (rounded + alignment - 1) / alignment * alignment;
+#if defined(_WIN32)
+  void* p = _aligned_malloc(whole, alignment);
+#else
+  void* p = std::aligned_alloc(alignment, whole);
+#endif
+  if (p == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  // Few entries of the translation buffer instead of hundreds; a system that has no large pages says no.
+  if (alignment == kLargePage) madvise(p, whole, MADV_HUGEPAGE);
+#endif
+  data_.reset(static_cast<std::byte*>(p));
 }
 
-void Buffer::Free::operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kLineBytes}); }
+void Buffer::Free::operator()(std::byte* p) const {
+#if defined(_WIN32)
+  _aligned_free(p);
+#else
+  std::free(p);
+#endif
+}
 
 const Kernels& kernels_for(const std::string& level, Type type) {
 #if defined(XCEPTION_HAS_X86_KERNELS)

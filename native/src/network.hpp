@@ -100,6 +100,9 @@ class Network {
   // Safe from many threads, which wait for each other.
   void run(const float* images, int count, int height, int width, int value, float* output);
 
+  // Seconds that each layer up to `value` takes one thread, for these images together: the least of `repeats`.
+  std::vector<double> profile(const float* images, int count, int height, int width, int value, int repeats);
+
   int threads() const { return team_.size(); }
   const std::string& level() const { return level_; }
   std::size_t weight_bytes() const;
@@ -115,6 +118,7 @@ class Network {
   };
 
   int channels_of(int value) const;
+  void check(int height, int width, int value) const;
   Layer& add(Kind kind, int input, int out_channels, int residual);
   void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
   Layout lay_out(int images, int height, int width, int value) const;
