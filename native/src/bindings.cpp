@@ -82,20 +82,39 @@ std::unique_ptr<xception::Network> make_network(const std::string& level, const 
   return std::make_unique<xception::Network>(level, type_of(type), channels, threads, latency);
 }
 
-void run(xception::Network& network, const Floats<4>& images, int value, const WritableFloats<4>& output) {
-  const int height = size_of(images.shape(1)), width = size_of(images.shape(2));
-  const xception::Tensor3 shape = network.shape(value, height, width);
-  const xception::Tensor3 first = network.shape(0, height, width);
-  if (images.shape(3) != static_cast<std::size_t>(first.channels))
-    throw std::invalid_argument("expected images of " + std::to_string(first.channels) + " channels, got " +
+// The arrays as what a run reads, checked against each other and the network.
+xception::Images images_of(const xception::Network& network, const Floats<4>& images,
+                           const std::optional<Floats<4>>& beside) {
+  xception::Images out{.data = images.data(), .count = size_of(images.shape(0)), .height = size_of(images.shape(1)),
+                       .width = size_of(images.shape(2))};
+  const int channels = network.image_channels(), beside_channels = network.beside_channels();
+  if (images.shape(3) != static_cast<std::size_t>(channels))
+    throw std::invalid_argument("expected images of " + std::to_string(channels) + " channels, got " +
                                 std::to_string(images.shape(3)));
-  if (output.shape(0) != images.shape(0) || output.shape(1) != static_cast<std::size_t>(shape.channels) ||
-      output.shape(2) != static_cast<std::size_t>(shape.height) ||
-      output.shape(3) != static_cast<std::size_t>(shape.width))
+  if (beside_channels == 0) {
+    if (beside) throw std::invalid_argument("this network reads no second image");
+    return out;
+  }
+  if (!beside || beside->shape(0) != images.shape(0) ||
+      beside->shape(3) != static_cast<std::size_t>(beside_channels))
+    throw std::invalid_argument("expected a second image of " + std::to_string(beside_channels) +
+                                " channels for each image");
+  out.beside = beside->data();
+  out.beside_height = size_of(beside->shape(1));
+  out.beside_width = size_of(beside->shape(2));
+  return out;
+}
+
+void run(xception::Network& network, const Floats<4>& images, int value, const WritableFloats<4>& output,
+         const std::optional<Floats<4>>& beside) {
+  const xception::Images given = images_of(network, images, beside);
+  const xception::Tensor3 shape = network.shape(value, given.height, given.width);
+  if (output.shape(0) != images.shape(0) || output.shape(1) != static_cast<std::size_t>(shape.height) ||
+      output.shape(2) != static_cast<std::size_t>(shape.width) ||
+      output.shape(3) != static_cast<std::size_t>(shape.channels))
     throw std::invalid_argument("the output does not have the value's shape");
-  const int count = size_of(images.shape(0));
   const nb::gil_scoped_release release;
-  network.run(images.data(), count, height, width, value, output.data());
+  network.run(given, value, output.data());
 }
 
 void bind_network(nb::module_& m) {
@@ -157,20 +176,21 @@ void bind_network(nb::module_& m) {
           "shape",
           [](const Network& n, int value, int height, int width) {
             const xception::Tensor3 s = n.shape(value, height, width);
-            return std::tuple{s.channels, s.height, s.width};
+            return std::tuple{s.height, s.width, s.channels};
           },
-          "value"_a, "height"_a, "width"_a, "Channels, height and width of a value for images of this size.")
+          "value"_a, "height"_a, "width"_a, "Height, width and channels of a value for images of this size.")
+      .def("load", &Network::load, "channels"_a = 0,
+           "The image as a value for layers other than a first convolution; or, with `channels`, a second image.")
       .def("run", &run, nb::arg("images").noconvert(), "value"_a, nb::arg("output").noconvert(),
-           "Images N H W C, float32 and contiguous, to `output` N C H W of the value.")
+           nb::arg("beside").noconvert().none() = nb::none(),
+           "Images N H W C, float32 and contiguous, to `output` N H W C of the value; `beside`: the second image.")
       .def(
           "profile",
           [](Network& n, const Floats<4>& images, int value, int repeats) {
-            const xception::Tensor3 first = n.shape(0, size_of(images.shape(1)), size_of(images.shape(2)));
-            if (images.shape(3) != static_cast<std::size_t>(first.channels) || images.shape(0) > 4096)
-              throw std::invalid_argument("expected at most 4,096 images of the network's channels");
+            const xception::Images given = images_of(n, images, std::nullopt);
+            if (given.count > 4096) throw std::invalid_argument("expected at most 4,096 images");
             const nb::gil_scoped_release release;
-            return n.profile(images.data(), size_of(images.shape(0)), size_of(images.shape(1)),
-                             size_of(images.shape(2)), value, repeats);
+            return n.profile(given, value, repeats);
           },
           nb::arg("images").noconvert(), "value"_a, "repeats"_a = 5,
           "Seconds that each layer up to `value` takes one thread for these images: the least of `repeats`.")

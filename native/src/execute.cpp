@@ -73,11 +73,10 @@ int panels_of(int channels) { return ceil_div(channels, kPanel); }
 
 }  // namespace
 
-Layout Network::lay_out(int images, int height, int width, int value) const {
+Layout Network::lay_out(const Images& given, int value) const {
   Layout out;
+  const int images = given.count, height = given.height, width = given.width;
   out.images = images;
-  out.height = height;
-  out.width = width;
   out.places.resize(channels_.size());
   out.windows.resize(layers_.size());
   out.places[0] = {.height = height, .width = width, .channels = channels_[0]};
@@ -92,6 +91,12 @@ Layout Network::lay_out(int images, int height, int width, int value) const {
       place.height = place.width = 1;
       place.block = static_cast<std::int64_t>(images) * kGroup * 4;
       place.bytes = index_of(panels_of(layer.out_channels) * 2) * static_cast<std::size_t>(place.block);
+    } else if (layer.kind == Kind::load) {
+      place.height = layer.beside ? given.beside_height : height;
+      place.width = layer.beside ? given.beside_width : width;
+      const std::int64_t pixels = static_cast<std::int64_t>(images) * place.height * place.width;
+      place.block = spread(pixels * kLineBytes);
+      place.bytes = index_of(panels_of(layer.out_channels) * (kPanel / lanes)) * static_cast<std::size_t>(place.block);
     } else {
       const Sampling& s = layer.sampling;
       const Axis y = along(in.height, s), x = along(in.width, s);
@@ -114,7 +119,7 @@ Layout Network::lay_out(int images, int height, int width, int value) const {
     }
     if (layer.residual >= 0) {
       const Place& other = out.places[index_of(layer.residual)];
-      if (other.height != place.height || other.width != place.width)
+      if (other.height >= 0 && (other.height != place.height || other.width != place.width))
         throw std::invalid_argument("a residual value does not have the output's size");
       last_use[index_of(layer.residual)] = i;
     }
@@ -141,15 +146,18 @@ Layout Network::lay_out(int images, int height, int width, int value) const {
 
 Tensor3 Network::shape(int value, int height, int width) const {
   channels_of(value);
-  const Layout layout = lay_out(1, height, width, value);
+  // What is given beside the image has the size that it needs to have.
+  const Images any{.count = 1, .height = height, .width = width, .beside_height = -1, .beside_width = -1};
+  const Layout layout = lay_out(any, value);
   const Place& place = layout.places[index_of(value)];
   return {place.height, place.width, place.channels};
 }
 
-const Layout& Network::layout_for(int images, int height, int width, int value) {
-  const std::vector<int> key{images, height, width, value};
+const Layout& Network::layout_for(Images images, int count, int value) {
+  images.count = count;
+  const std::vector<int> key{count, images.height, images.width, images.beside_height, images.beside_width, value};
   if (const auto found = layouts_.find(key); found != layouts_.end()) return found->second;
-  return layouts_.emplace(key, lay_out(images, height, width, value)).first->second;
+  return layouts_.emplace(key, lay_out(images, value)).first->second;
 }
 
 void Network::reserve(Worker& worker, const Layout& layout, bool arena) {
@@ -164,7 +172,7 @@ void Network::reserve(Worker& worker, const Layout& layout, bool arena) {
 }
 
 void Network::run_product(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                          const float* images, Worker& worker, Part part) const {
+                          const Images& images, Worker& worker, Part part) const {
   const Window& window = layout.windows[index];
   const Place& in = layout.places[index_of(layer.input)];
   const Place& out = layout.places[index_of(layer.output)];
@@ -202,7 +210,7 @@ void Network::run_product(const Layer& layer, const Layout& layout, std::size_t 
 
   ProducerArgs producer;
   producer.window = window;
-  producer.input = layer.kind == Kind::image ? reinterpret_cast<const std::byte*>(images) : arena + in.offset;
+  producer.input = layer.kind == Kind::image ? reinterpret_cast<const std::byte*>(images.data) : arena + in.offset;
   producer.input_block = in.block;
   producer.channels = layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, kernels_->matrix_type);
   producer.input_relu = layer.input_relu;
@@ -237,7 +245,7 @@ void Network::run_product(const Layer& layer, const Layout& layout, std::size_t 
 }
 
 void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                        const float* images, Worker& worker, Part part) const {
+                        const Images& images, Worker& worker, Part part) const {
   const Place& in = layout.places[index_of(layer.input)];
   const Place& out = layout.places[index_of(layer.output)];
   switch (layer.kind) {
@@ -245,6 +253,17 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
     case Kind::convolution:
     case Kind::separable:
       return run_product(layer, layout, index, arena, images, worker, part);
+    case Kind::load: {
+      const Range pixels = share(layout.images * out.height * out.width, part.index, part.count);
+      CopyArgs args;
+      args.plain = const_cast<float*>(layer.beside ? images.beside : images.data);
+      args.blocks = arena + out.offset;
+      args.block = out.block;
+      args.channels = layer.out_channels;
+      args.first_pixel = pixels.begin;
+      args.pixels = pixels.end - pixels.begin;
+      return kernels_->load(args);
+    }
     case Kind::pool: {
       const Window& window = layout.windows[index];
       const Range rows = share(layout.images * window.out_height, part.index, part.count);
@@ -298,43 +317,50 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
   }
 }
 
-// A value as float [images][channels][pixels].
-void Network::fetch(const Layout& layout, int value, const std::byte* arena, float* output, Part part) const {
+// A value as float [images][pixels][channels].
+void Network::fetch(const Layout& layout, int value, std::byte* arena, float* output, Part part) const {
   const Place& place = layout.places[index_of(value)];
-  const Type type = reduced_[index_of(value)] ? Type::f32 : type_;
-  const int lanes = lane_count(type), pixels = place.height * place.width;
-  const Range channels = share(place.channels, part.index, part.count);
-  for (int image = 0; image < layout.images; ++image)
-    for (int c = channels.begin; c < channels.end; ++c) {
-      const std::byte* in = arena + place.offset + (c / lanes) * place.block +
-                            static_cast<std::int64_t>(image) * pixels * kLineBytes + (c % lanes) * bytes_of(type);
-      float* out = output + (static_cast<std::int64_t>(image) * place.channels + c) * pixels;
-      for (int p = 0; p < pixels; ++p, in += kLineBytes) {
-        if (type == Type::f32)
-          out[p] = *reinterpret_cast<const float*>(in);
-        else if (type == Type::bf16)
-          out[p] = widen(*reinterpret_cast<const bf16*>(in));
-        else
-          out[p] = widen(*reinterpret_cast<const f16*>(in));
-      }
+  const Range pixels = share(layout.images * place.height * place.width, part.index, part.count);
+  if (!reduced_[index_of(value)]) {
+    CopyArgs args;
+    args.plain = output;
+    args.blocks = arena + place.offset;
+    args.block = place.block;
+    args.channels = place.channels;
+    args.first_pixel = pixels.begin;
+    args.pixels = pixels.end - pixels.begin;
+    return kernels_->unload(args);
+  }
+  for (int image = pixels.begin; image < pixels.end; ++image)
+    for (int c = 0; c < place.channels; ++c) {
+      const std::byte* in = arena + place.offset + (c / kGroup) * place.block + (image * kGroup + c % kGroup) * 4;
+      output[static_cast<std::int64_t>(image) * place.channels + c] = *reinterpret_cast<const float*>(in);
     }
 }
 
-void Network::run(const float* images, int count, int height, int width, int value, float* output) {
+void Network::run(const Images& images, int value, float* output) {
   const std::lock_guard lock(mutex_);
   if (layouts_.size() > kMaxLayouts) layouts_.clear();  // here, where nobody holds one
-  check(height, width, value);
+  check(images, value);
+  const int count = images.count, height = images.height, width = images.width;
   if (count == 0) return;
   const std::int64_t image_size = static_cast<std::int64_t>(height) * width * channels_[0];
+  std::int64_t beside_size = 0;
+  for (const Layer& layer : layers_)
+    if (layer.beside)
+      beside_size = static_cast<std::int64_t>(images.beside_height) * images.beside_width * layer.out_channels;
   const int threads = team_.size();
   // Small images go through the layers together, so that weights are worth loading.
   const int few = std::max(kPixelsTogether / std::max(height * width, 1), 1);
   const int together = std::min(few, std::max(count / threads, 1));
   const int groups = threads == 1 ? ceil_div(count, together) : latency_ ? 0 : count / together / threads * threads;
-  const auto run_layers = [&](const Layout& layout, std::byte* arena, const float* from, Worker& worker, Part part,
+  const auto run_layers = [&](const Layout& layout, std::byte* arena, int first, Worker& worker, Part part,
                               Barrier* barrier) {
+    Images mine = images;
+    mine.data += first * image_size;
+    if (mine.beside != nullptr) mine.beside += first * beside_size;
     for (int i = 0; i < value; ++i) {
-      run_layer(layers_[index_of(i)], layout, index_of(i), arena, from, worker, part);
+      run_layer(layers_[index_of(i)], layout, index_of(i), arena, mine, worker, part);
       if (barrier != nullptr) barrier->wait();
     }
   };
@@ -344,16 +370,16 @@ void Network::run(const float* images, int count, int height, int width, int val
   const auto end_thread = [&] {
     if (kernels_->end_thread != nullptr) kernels_->end_thread();
   };
-  const Layout& whole = layout_for(1, height, width, value);
+  const Layout& whole = layout_for(images, 1, value);
   const Place& place = whole.places[index_of(value)];
   const std::int64_t output_size = static_cast<std::int64_t>(place.channels) * place.height * place.width;
 
   // First as many groups as there are threads, again and again: each thread takes a group through the whole network.
   const int grouped = std::min(groups * together, count);
   if (groups > 0) {
-    const Layout& layout = layout_for(std::min(together, count), height, width, value);
+    const Layout& layout = layout_for(images, std::min(together, count), value);
     const int rest = grouped % together;  // of one thread, the last group may be smaller
-    const Layout* last = rest == 0 ? &layout : &layout_for(rest, height, width, value);
+    const Layout* last = rest == 0 ? &layout : &layout_for(images, rest, value);
     for (Worker& worker : workers_) {
       reserve(worker, layout, true);
       reserve(worker, *last, true);
@@ -365,7 +391,7 @@ void Network::run(const float* images, int count, int height, int width, int val
       for (int group = next.fetch_add(1); group < groups; group = next.fetch_add(1)) {
         const int first = group * together;
         const Layout& mine = grouped - first < together ? *last : layout;
-        run_layers(mine, worker.arena.data(), images + first * image_size, worker, {0, 1}, nullptr);
+        run_layers(mine, worker.arena.data(), first, worker, {0, 1}, nullptr);
         fetch(mine, value, worker.arena.data(), output + first * output_size, {0, 1});
       }
       end_thread();
@@ -374,14 +400,14 @@ void Network::run(const float* images, int count, int height, int width, int val
   // What is left is less than one group for each: all threads work on the same images, layer by layer.
   for (int first = grouped; first < count;) {
     const int left = std::min(count - first, few);
-    const Layout& layout = layout_for(left, height, width, value);
+    const Layout& layout = layout_for(images, left, value);
     reserve(workers_[0], layout, true);
     for (Worker& worker : workers_) reserve(worker, layout, false);
     Barrier barrier(threads);
     team_.run([&](int thread) {
       begin_thread();
       std::byte* arena = workers_[0].arena.data();
-      run_layers(layout, arena, images + first * image_size, workers_[index_of(thread)], {thread, threads}, &barrier);
+      run_layers(layout, arena, first, workers_[index_of(thread)], {thread, threads}, &barrier);
       fetch(layout, value, arena, output + first * output_size, {thread, threads});
       end_thread();
     });
@@ -389,15 +415,15 @@ void Network::run(const float* images, int count, int height, int width, int val
   }
 }
 
-std::vector<double> Network::profile(const float* images, int count, int height, int width, int value, int repeats) {
+std::vector<double> Network::profile(const Images& images, int value, int repeats) {
   const std::lock_guard lock(mutex_);
-  check(height, width, value);
+  check(images, value);
   std::vector<double> seconds(index_of(value), std::numeric_limits<double>::infinity());
-  const Layout& layout = layout_for(std::max(count, 1), height, width, value);
+  const Layout& layout = layout_for(images, std::max(images.count, 1), value);
   Worker& worker = workers_[0];
   reserve(worker, layout, true);
   if (kernels_->begin_thread != nullptr) kernels_->begin_thread();
-  for (int repeat = 0; repeat < repeats && count > 0; ++repeat)
+  for (int repeat = 0; repeat < repeats && images.count > 0; ++repeat)
     for (int i = 0; i < value; ++i) {
       const double begin = thread_seconds();
       run_layer(layers_[index_of(i)], layout, index_of(i), worker.arena.data(), images, worker, {0, 1});
@@ -407,12 +433,17 @@ std::vector<double> Network::profile(const float* images, int count, int height,
   return seconds;
 }
 
-void Network::check(int height, int width, int value) const {
+void Network::check(const Images& images, int value) const {
   channels_of(value);
   if (value == 0) throw std::invalid_argument("value 0 is the image itself");
-  if (static_cast<std::int64_t>(height) * width > kMaxPixels)
+  if (static_cast<std::int64_t>(images.height) * images.width > kMaxPixels)
     throw std::invalid_argument("images of more than 268,435,456 pixels");
-  lay_out(1, height, width, value);  // refuses what is too small
+  for (int i = 0; i < value; ++i)
+    if (layers_[index_of(i)].beside && images.beside == nullptr && images.count > 0)
+      throw std::invalid_argument("this network reads a second image, which was not given");
+  Images one = images;
+  one.count = 1;
+  lay_out(one, value);  // refuses what is too small
 }
 
 }  // namespace xception

@@ -86,6 +86,15 @@ struct ReduceArgs {
   int first_group = 0, groups = 0;
 };
 
+// Between float [pixels][channels] and channel blocks, either way.
+struct CopyArgs {
+  float* plain = nullptr;  // `load` only reads it
+  std::byte* blocks = nullptr;
+  std::int64_t block = 0;
+  int channels = 0;
+  int first_pixel = 0, pixels = 0;
+};
+
 // The kernels of one instruction set for one type of activations. `matrix_type` is what producers write and `multiply`
 // reads: the activations' own type where the processor multiplies it, else f32.
 struct Kernels {
@@ -95,6 +104,8 @@ struct Kernels {
   void (*depthwise)(const ProducerArgs&) = nullptr;
   void (*patches)(const ProducerArgs&) = nullptr;
   void (*image)(const ProducerArgs&) = nullptr;
+  void (*load)(const CopyArgs&) = nullptr;   // lanes behind the last channel become zero
+  void (*unload)(const CopyArgs&) = nullptr;
   void (*pool)(const PoolArgs&) = nullptr;
   void (*reduce)(const ReduceArgs&) = nullptr;
   void (*multiply)(const MultiplyArgs&) = nullptr;

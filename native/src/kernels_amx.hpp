@@ -20,6 +20,8 @@ constexpr Kernels table(Type type) {
       .depthwise = depthwise<Half, Half>,
       .patches = patches<Half, Half>,
       .image = image_patches<Half>,
+      .load = load_blocks<Half>,
+      .unload = unload_blocks<Half>,
       .pool = max_pool<Half>,
       .reduce = reduce<Half>,
       .multiply = multiply_tiles<Half>,

@@ -26,6 +26,8 @@ constexpr Kernels kTable{
     .depthwise = depthwise<bf16, bf16>,
     .patches = patches<bf16, bf16>,
     .image = image_patches<bf16>,
+    .load = load_blocks<bf16>,
+    .unload = unload_blocks<bf16>,
     .pool = max_pool<bf16>,
     .reduce = reduce<bf16>,
     .multiply = multiply<DotPairs, bf16>,

@@ -17,6 +17,8 @@ constexpr Kernels table(Type type) {
       .depthwise = depthwise<S, float>,
       .patches = patches<S, float>,
       .image = image_patches<float>,
+      .load = load_blocks<S>,
+      .unload = unload_blocks<S>,
       .pool = max_pool<S>,
       .reduce = reduce<S>,
       .multiply = multiply<DotFloat, S>,

@@ -76,7 +76,7 @@ const Kernels& kernels_for(const std::string& level, Type type) {
 
 Network::Network(const std::string& level, Type type, int channels, int threads, bool latency)
     : level_(level), kernels_(&kernels_for(level, type)), type_(type), latency_(latency), team_(threads) {
-  if (channels < 1 || channels > 64) refuse("expected images of 1 to 64 channels");
+  if (channels < 1 || channels > 1 << 20) refuse("expected images of 1 to 1,048,576 channels");
   if (threads < 1 || threads > 1024) refuse("expected 1 to 1024 threads");
   channels_ = {channels};
   reduced_ = {false};
@@ -96,9 +96,10 @@ Layer& Network::add(Kind kind, int input, int out_channels, int residual) {
                          reduced_[static_cast<std::size_t>(residual)]))
     refuse("the residual value does not have the output's channels");
   if (reduced_[static_cast<std::size_t>(input)] != (kind == Kind::linear)) refuse("linear layers, and only they, follow a reduction");
-  if (input == 0 && kind != Kind::convolution) refuse("a regular convolution has to come first");
+  if (input == 0 && kind != Kind::convolution && kind != Kind::load)
+    refuse("a regular convolution has to come first, or the image has to be loaded");
   Layer layer;
-  layer.kind = input == 0 ? Kind::image : kind;
+  layer.kind = input == 0 && kind == Kind::convolution ? Kind::image : kind;
   layer.input = input;
   layer.residual = residual;
   layer.in_channels = in_channels;
@@ -153,6 +154,14 @@ void Network::pack(Layer& layer, std::span<const float> weights, std::span<const
           else
             *halves++ = type == Type::bf16 ? to_bf16(value).bits : to_f16(value).bits;
         }
+}
+
+int Network::load(int channels) {
+  if (channels < 0 || channels > 1 << 20) refuse("expected 0 to 1,048,576 channels");
+  if (channels != 0 && beside_channels() != 0) refuse("a second image is loaded already");
+  Layer& layer = add(Kind::load, 0, channels == 0 ? channels_[0] : channels, -1);
+  layer.beside = channels != 0;
+  return layer.output;
 }
 
 int Network::convolution(int input, const Sampling& sampling, int out_channels, std::span<const float> weights,
@@ -235,6 +244,12 @@ int Network::linear(int input, int out_channels, std::span<const float> weights,
   layer.activation = activation;
   pack(layer, weights, bias);
   return layer.output;
+}
+
+int Network::beside_channels() const {
+  for (const Layer& layer : layers_)
+    if (layer.beside) return layer.out_channels;
+  return 0;
 }
 
 std::size_t Network::weight_bytes() const {

@@ -23,7 +23,7 @@ struct Sampling {
   int amount = 0;
 };
 
-enum class Kind : std::uint8_t { image, convolution, separable, pool, reduce, linear };
+enum class Kind : std::uint8_t { load, image, convolution, separable, pool, reduce, linear };
 
 // Memory for kernels: aligned to lines, and not initialised.
 class Buffer {
@@ -48,6 +48,7 @@ struct Layer {
   bool input_relu = false;
   Activation middle = Activation::none, activation = Activation::none;
   bool maximum = false;  // reduce
+  bool beside = false;   // load: not the image itself
   int in_channels = 0, out_channels = 0;
   int depth = 0;  // K of the product
   Buffer filters, filter_bias;  // depthwise
@@ -64,7 +65,7 @@ struct Place {
 
 // Everything that depends on the images' number and size.
 struct Layout {
-  int images = 0, height = 0, width = 0;
+  int images = 0;
   std::vector<Place> places;
   std::vector<Window> windows;  // a layer
   std::size_t arena_bytes = 0, matrix_bytes = 0, zero_lines = 0;
@@ -72,6 +73,15 @@ struct Layout {
 
 struct Tensor3 {
   int height, width, channels;
+};
+
+// What a run reads: float [count, height, width, channels]; and a second one of its own size, for a residual that is
+// no value of the network (null: none).
+struct Images {
+  const float* data = nullptr;
+  int count = 0, height = 0, width = 0;
+  const float* beside = nullptr;
+  int beside_height = 0, beside_width = 0;
 };
 
 class Network {
@@ -82,6 +92,9 @@ class Network {
 
   // Each adds a layer and returns the number of its value; value 0 is the image. Weights are [out, k, k, in] and
   // filters [k, k, channels]; a bias may be empty. Throws std::invalid_argument, and then nothing was added.
+  // `load` brings the image (or, with `channels`, what is given beside it) into the layout that the other layers work on;
+  // a convolution reads an image of few channels by itself.
+  int load(int channels);
   int convolution(int input, const Sampling& sampling, int out_channels, std::span<const float> weights,
                   std::span<const float> bias, bool input_relu, int residual, Activation activation);
   int separable(int input, const Sampling& sampling, std::span<const float> filters,
@@ -96,13 +109,14 @@ class Network {
   // The shape of a value for images of this size; height and width 1 after `reduce`.
   Tensor3 shape(int value, int height, int width) const;
 
-  // `images` are float [count, height, width, channels]; `output` is [count, channels, height, width] of `value`.
-  // Safe from many threads, which wait for each other.
-  void run(const float* images, int count, int height, int width, int value, float* output);
+  // `output` is float [count, height, width, channels] of `value`. Safe from many threads, which wait for each other.
+  void run(const Images& images, int value, float* output);
 
   // Seconds that each layer up to `value` takes one thread, for these images together: the least of `repeats`.
-  std::vector<double> profile(const float* images, int count, int height, int width, int value, int repeats);
+  std::vector<double> profile(const Images& images, int value, int repeats);
 
+  int image_channels() const { return channels_[0]; }
+  int beside_channels() const;  // 0: none is read
   int threads() const { return team_.size(); }
   const std::string& level() const { return level_; }
   std::size_t weight_bytes() const;
@@ -118,18 +132,18 @@ class Network {
   };
 
   int channels_of(int value) const;
-  void check(int height, int width, int value) const;
+  void check(const Images& images, int value) const;
   Layer& add(Kind kind, int input, int out_channels, int residual);
   void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
-  Layout lay_out(int images, int height, int width, int value) const;
-  const Layout& layout_for(int images, int height, int width, int value);
+  Layout lay_out(const Images& images, int value) const;
+  const Layout& layout_for(Images images, int count, int value);
   void reserve(Worker& worker, const Layout& layout, bool arena);
 
-  void run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena, const float* images,
+  void run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena, const Images& images,
                  Worker& worker, Part part) const;
   void run_product(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                   const float* images, Worker& worker, Part part) const;
-  void fetch(const Layout& layout, int value, const std::byte* arena, float* output, Part part) const;
+                   const Images& images, Worker& worker, Part part) const;
+  void fetch(const Layout& layout, int value, std::byte* arena, float* output, Part part) const;
 
   std::string level_;
   const Kernels* kernels_ = nullptr;

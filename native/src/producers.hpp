@@ -222,6 +222,43 @@ void image_patches(const ProducerArgs& a) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------- copies
+
+template <class S>
+void load_blocks(const CopyArgs& a) {
+  const int groups = (a.channels + kPanel - 1) / kPanel * (kPanel / kGroup);
+  for (int g = 0; g < groups; ++g) {
+    std::byte* blocks = a.blocks + group_offset<S>(g, a.block);
+    const int valid = a.channels - g * kGroup;
+    for (int p = a.first_pixel; p < a.first_pixel + a.pixels; ++p) {
+      const float* plain = a.plain + static_cast<std::int64_t>(p) * a.channels + g * kGroup;
+      float lanes[kGroup] = {};
+      for (int i = 0; valid < kGroup && i < valid; ++i) lanes[i] = plain[i];
+      store(line<S>(blocks, p), load(valid < kGroup ? static_cast<const float*>(lanes) : plain));
+    }
+  }
+}
+
+template <class S>
+void unload_blocks(const CopyArgs& a) {
+  const int groups = (a.channels + kGroup - 1) / kGroup;
+  for (int g = 0; g < groups; ++g) {
+    const std::byte* blocks = a.blocks + group_offset<S>(g, a.block);
+    const int valid = a.channels - g * kGroup;
+    for (int p = a.first_pixel; p < a.first_pixel + a.pixels; ++p) {
+      float* plain = a.plain + static_cast<std::int64_t>(p) * a.channels + g * kGroup;
+      const V v = load(line<S>(blocks, p));
+      if (valid >= kGroup) {
+        store(plain, v);
+      } else {
+        float lanes[kGroup];
+        store(lanes, v);
+        for (int i = 0; i < valid; ++i) plain[i] = lanes[i];
+      }
+    }
+  }
+}
+
 // ----------------------------------------------------------------------------------------------------- pools
 
 template <class S>

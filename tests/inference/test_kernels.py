@@ -1,7 +1,4 @@
-"""The executor's layers against their definition in float64: every level, odd sizes, every option, NaN and infinity.
-
-Each case is a first convolution of 1x1 with the identity as weights, which brings the input in, then the layer.
-"""
+"""The executor's layers against their definition in float64: every level, odd sizes, every option, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -110,8 +107,7 @@ class Layer:
         """By the kernels, into memory that held something else."""
         case = self.case
         net = network(level, kind, case.channels, case.threads)
-        eye = np.eye(case.channels, dtype=np.float32)
-        value = net.convolution(0, weights=eye, kernel=1)
+        value = net.load()
         options: dict[str, Any] = sampling(case)
         if case.kind != "pool":
             options |= {"weights": self.weights, "bias": self.bias, "input_relu": case.input_relu}
@@ -128,7 +124,7 @@ class Layer:
         again = np.full_like(output, -54321.0)
         net.run(images, result, again)
         assert np.array_equal(output, again, equal_nan=True)
-        return torch.from_numpy(output)
+        return torch.from_numpy(output).permute(0, 3, 1, 2)
 
 
 def check(case: Case, level: str, kind: str, x: Tensor | None = None) -> None:
@@ -253,13 +249,13 @@ def test_wrong_use_is_refused() -> None:
     for message, method, positional, named in wrong:
         with pytest.raises(ValueError, match=message):
             getattr(net, method)(*positional, **named)
-    output = np.zeros((1, 4, 6, 6), np.float32)
+    output = np.zeros((1, 6, 6, 4), np.float32)
     images = np.zeros((1, 8, 8, 3), np.float32)
     net.run(images, value, output)
     for bad in (images.astype(np.float64), images[:, ::2], images.transpose(0, 3, 1, 2), images[0], "no array", None):
         with pytest.raises((TypeError, ValueError)):
             net.run(bad, value, output)
-    for bad in (output[:, :3], output.astype(np.float64), np.zeros((2, 4, 6, 6), np.float32)):
+    for bad in (output[:, :3], output.astype(np.float64), np.zeros((2, 6, 6, 4), np.float32)):
         with pytest.raises((TypeError, ValueError)):
             net.run(images, value, bad)
     frozen = output.copy()

@@ -92,7 +92,7 @@ class CompiledModel:
         count, height, width, _ = batch.shape
         result = np.empty((count, *self._network.shape(value, height, width)), np.float32)
         self._network.run(batch, value, result)
-        found = torch.from_numpy(result)
+        found = torch.from_numpy(result).permute(0, 3, 1, 2)
         if head_in_torch:
             with torch.inference_mode():
                 assert self._model is not None
