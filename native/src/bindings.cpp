@@ -154,6 +154,19 @@ void bind_network(nb::module_& m) {
           "residual"_a = -1, "activation"_a = "none",
           "A separable convolution; filters (k * k) x in, weights out x in. Returns the number of its value.")
       .def(
+          "depthwise",
+          [](Network& n, int input, const Floats<2>& filters, const std::optional<Floats<1>>& bias, int kernel,
+             int stride, int dilation, const std::string& padding, int amount, bool input_relu,
+             const std::string& activation) {
+            return n.depthwise(input, sampling_of(kernel, stride, dilation, padding, amount),
+                               {filters.data(), filters.size()}, numbers(bias), input_relu,
+                               activation_of(activation));
+          },
+          given, nb::kw_only(), nb::arg("filters").noconvert(), nb::arg("bias").noconvert().none() = nb::none(),
+          "kernel"_a, "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0,
+          "input_relu"_a = false, "activation"_a = "none",
+          "A depthwise convolution, in fp32; filters (k * k) x in. Returns the number of its value.")
+      .def(
           "pool",
           [](Network& n, int input, int kernel, int stride, int dilation, const std::string& padding, int amount,
              int residual) {

@@ -111,7 +111,7 @@ Layout Network::lay_out(const Images& given, int value) const {
       place.block = spread(static_cast<std::int64_t>(images) * y.size * x.size * kLineBytes);
       place.bytes = index_of(panels_of(layer.out_channels) * (kPanel / lanes)) * static_cast<std::size_t>(place.block);
       out.zero_lines = std::max(out.zero_lines, index_of(in.width));
-      if (layer.kind != Kind::pool) {
+      if (layer.kind != Kind::pool && layer.kind != Kind::depthwise) {
         const std::int64_t lines = ceil_div(layer.depth, lane_count(kernels_->matrix_type)) + 1;
         const std::int64_t row = spread(static_cast<std::int64_t>(x.size) * kLineBytes + kLineBytes) * lines;
         out.matrix_bytes = std::max(out.matrix_bytes, static_cast<std::size_t>(std::max(row, kMatrixBytes + 2 * row)));
@@ -171,6 +171,26 @@ void Network::reserve(Worker& worker, const Layout& layout, bool arena) {
   if (worker.workspace.size() < kWorkspace) worker.workspace = Buffer(kWorkspace);
 }
 
+// What reads the layer's input, but for the rows and where the matrix goes.
+ProducerArgs Network::producer_for(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
+                                   const Images& images, const Worker& worker) const {
+  const Window& window = layout.windows[index];
+  const Place& in = layout.places[index_of(layer.input)];
+  ProducerArgs producer;
+  producer.window = window;
+  producer.input = layer.kind == Kind::image ? reinterpret_cast<const std::byte*>(images.data) : arena + in.offset;
+  producer.input_block = in.block;
+  producer.channels = layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, kernels_->matrix_type);
+  producer.input_relu = layer.input_relu;
+  producer.zeros = worker.zeros.data();
+  if (layer.kind == Kind::separable || layer.kind == Kind::depthwise) {
+    producer.weights = reinterpret_cast<const float*>(layer.filters.data());
+    producer.bias = layer.filter_bias.size() ? reinterpret_cast<const float*>(layer.filter_bias.data()) : nullptr;
+    producer.activation = layer.middle;
+  }
+  return producer;
+}
+
 void Network::run_product(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
                           const Images& images, Worker& worker, Part part) const {
   const Window& window = layout.windows[index];
@@ -208,19 +228,8 @@ void Network::run_product(const Layer& layer, const Layout& layout, std::size_t 
   const std::int64_t row_bytes = static_cast<std::int64_t>(window.out_width) * kLineBytes * lines;
   const int strips = ceil_div(count, static_cast<int>(std::clamp<std::int64_t>(kMatrixBytes / row_bytes, 1, count)));
 
-  ProducerArgs producer;
-  producer.window = window;
-  producer.input = layer.kind == Kind::image ? reinterpret_cast<const std::byte*>(images.data) : arena + in.offset;
-  producer.input_block = in.block;
-  producer.channels = layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, kernels_->matrix_type);
-  producer.input_relu = layer.input_relu;
-  producer.zeros = worker.zeros.data();
+  ProducerArgs producer = producer_for(layer, layout, index, arena, images, worker);
   producer.matrix = worker.matrix.data();
-  if (layer.kind == Kind::separable) {
-    producer.weights = reinterpret_cast<const float*>(layer.filters.data());
-    producer.bias = layer.filter_bias.size() ? reinterpret_cast<const float*>(layer.filter_bias.data()) : nullptr;
-    producer.activation = layer.middle;
-  }
   for (int strip = 0; strip < strips; ++strip) {
     const Range part_rows = share(count, strip, strips);
     const int first = rows.begin + part_rows.begin, strip_rows = part_rows.end - part_rows.begin;
@@ -263,6 +272,16 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
       args.first_pixel = pixels.begin;
       args.pixels = pixels.end - pixels.begin;
       return kernels_->load(args);
+    }
+    case Kind::depthwise: {
+      const Window& window = layout.windows[index];
+      const Range rows = share(layout.images * window.out_height, part.index, part.count);
+      ProducerArgs args = producer_for(layer, layout, index, arena, images, worker);
+      args.first_row = rows.begin;
+      args.rows = rows.end - rows.begin;
+      args.matrix = arena + out.offset + static_cast<std::int64_t>(rows.begin) * window.out_width * kLineBytes;
+      args.matrix_block = out.block;
+      return kernels_->depthwise(args);
     }
     case Kind::pool: {
       const Window& window = layout.windows[index];

@@ -208,6 +208,29 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
   layer.middle = middle;
   layer.activation = activation;
   layer.depth = in;
+  pack_filters(layer, filters, filter_bias);
+  pack(layer, weights, bias);
+  return layer.output;
+}
+
+int Network::depthwise(int input, const Sampling& sampling, std::span<const float> filters,
+                       std::span<const float> bias, bool input_relu, Activation activation) {
+  check_sampling(sampling);
+  const int taps = sampling.kernel * sampling.kernel, in = channels_of(input);
+  check_size(filters, static_cast<std::int64_t>(taps) * in, false, "filters");
+  check_size(bias, in, true, "bias");
+  if (kernels_->matrix_type != type_) refuse("a depthwise convolution by itself is for fp32");
+  Layer& layer = add(Kind::depthwise, input, in, -1);
+  layer.sampling = sampling;
+  layer.input_relu = input_relu;
+  layer.middle = activation;
+  pack_filters(layer, filters, bias);
+  return layer.output;
+}
+
+// [taps][channels] as [groups][taps][16], padded with zeros.
+void Network::pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) const {
+  const int taps = layer.sampling.kernel * layer.sampling.kernel, in = layer.in_channels;
   const int groups = rounded_up(in, lane_count(kernels_->matrix_type)) / kGroup;  // whole lines
   layer.filters = Buffer(sizeof(float) * static_cast<std::size_t>(groups * taps * kGroup));
   auto* out = reinterpret_cast<float*>(layer.filters.data());
@@ -217,9 +240,7 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
         const int channel = g * kGroup + i;
         *out++ = channel < in ? filters[static_cast<std::size_t>(t * in + channel)] : 0.0f;
       }
-  if (!filter_bias.empty()) layer.filter_bias = padded(filter_bias, groups * kGroup);
-  pack(layer, weights, bias);
-  return layer.output;
+  if (!bias.empty()) layer.filter_bias = padded(bias, groups * kGroup);
 }
 
 int Network::pool(int input, const Sampling& sampling, int residual) {

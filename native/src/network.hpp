@@ -23,7 +23,7 @@ struct Sampling {
   int amount = 0;
 };
 
-enum class Kind : std::uint8_t { load, image, convolution, separable, pool, reduce, linear };
+enum class Kind : std::uint8_t { load, image, depthwise, convolution, separable, pool, reduce, linear };
 
 // Memory for kernels: aligned to lines, and not initialised.
 class Buffer {
@@ -101,6 +101,8 @@ class Network {
                 std::span<const float> filter_bias, Activation middle, int out_channels,
                 std::span<const float> weights, std::span<const float> bias, bool input_relu, int residual,
                 Activation activation);
+  int depthwise(int input, const Sampling& sampling, std::span<const float> filters, std::span<const float> bias,
+                bool input_relu, Activation activation);
   int pool(int input, const Sampling& sampling, int residual);
   int reduce(int input, bool maximum);
   int linear(int input, int out_channels, std::span<const float> weights, std::span<const float> bias,
@@ -134,11 +136,14 @@ class Network {
   int channels_of(int value) const;
   void check(const Images& images, int value) const;
   Layer& add(Kind kind, int input, int out_channels, int residual);
+  void pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) const;
   void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
   Layout lay_out(const Images& images, int value) const;
   const Layout& layout_for(Images images, int count, int value);
   void reserve(Worker& worker, const Layout& layout, bool arena);
 
+  ProducerArgs producer_for(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
+                            const Images& images, const Worker& worker) const;
   void run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena, const Images& images,
                  Worker& worker, Part part) const;
   void run_product(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from xception.errors import XceptionError as XceptionError
     from xception.evaluation.evaluate import evaluate as evaluate
     from xception.inference.compiled import CompiledModel as CompiledModel
-    from xception.inference.compiled import compile_model as compile
+    from xception.inference.compiled import compile_model as compile  # noqa: F401 - in _HOMES
     from xception.inference.predictor import Predictor as Predictor
     from xception.models.registry import describe as describe
     from xception.models.registry import list_models as list_models

@@ -67,6 +67,20 @@ class Network:
         residual: int = -1,
         activation: str = "none",
     ) -> int: ...
+    def depthwise(
+        self,
+        input: int,
+        *,
+        filters: _Floats,
+        bias: _Floats | None = None,
+        kernel: int,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: str = "fixed",
+        amount: int = 0,
+        input_relu: bool = False,
+        activation: str = "none",
+    ) -> int: ...
     def pool(
         self,
         input: int,

@@ -19,6 +19,7 @@ import xception
 from xception.errors import ConfigError
 from xception.inference.compiled import CompiledModel, compile_model
 from xception.inference.lowering import lower
+from xception.ops.backend import use_backend
 
 pytest.importorskip("xception._native")
 
@@ -64,7 +65,7 @@ def model_of(name: str, options: dict[str, Any], seed: int = 0) -> nn.Module:
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
-        elif key.endswith("running_mean") or (key.endswith("norm.bias")):
+        elif key.endswith(("running_mean", "norm.bias")):
             tensor.normal_(0, 0.1)
         elif key.endswith("norm.weight"):
             tensor.uniform_(0.7, 1.3)
@@ -224,6 +225,12 @@ print("well")
 def test_after_a_fork() -> None:
     done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120)
     assert done.stdout == "well\n", done.stderr
+
+
+def test_the_reference_backend_is_obeyed(narrow: nn.Module) -> None:
+    with use_backend("reference"):
+        compiled = xception.compile(narrow)
+    assert (compiled.backend, compiled.reason) == ("torch", "the backend is set to 'reference'")
 
 
 def test_cap(monkeypatch: pytest.MonkeyPatch, narrow: nn.Module) -> None:

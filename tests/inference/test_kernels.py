@@ -137,7 +137,12 @@ def check(case: Case, level: str, kind: str, x: Tensor | None = None) -> None:
     # In 16 bits the depthwise result is rounded before the product: its error is of the size of the terms.
     scale = float(expected.abs().max()) + (0 if kind == "fp32" else float(layer.expected(given_x.abs()).abs().max()))
     torch.testing.assert_close(
-        computed.double(), expected, rtol=0, atol=TOLERANCE[kind] * max(scale, 1.0), equal_nan=True, msg=f"{case} {level}"
+        computed.double(),
+        expected,
+        rtol=0,
+        atol=TOLERANCE[kind] * max(scale, 1.0),
+        equal_nan=True,
+        msg=f"{case} {level}",
     )
 
 

@@ -25,7 +25,7 @@ from xception.data.preprocess import Preprocess
 from xception.data.split import FileSplit
 from xception.errors import ConfigError, DataError, ImageError, WeightsError
 from xception.evaluation.metrics import evaluate_model
-from xception.inference import predictor as room
+from xception.inference import images as room
 from xception.inference.predictor import FailedImage, LabelScore, Prediction, Predictor
 from xception.models.registry import config_to_dict, create_model, get_config
 from xception.weights.bundle import BundleInfo, save_bundle
@@ -345,12 +345,12 @@ def test_decoding_overlaps_with_the_network(
     decoded = 0
     decode = room.decode_image
 
-    def count(path: Any) -> Any:
+    def count(path: Any, **options: Any) -> Any:
         nonlocal decoded
         decoded += 1
         if decoded > 4:
             reached_second_batch.set()
-        return decode(path)
+        return decode(path, **options)
 
     class Waits(_Fixed):
         def forward(self, x: Tensor) -> Tensor:

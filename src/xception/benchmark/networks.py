@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import nn
 
 from xception.benchmark.catalog import CATALOG
 from xception.data.preprocess import Preprocess
+from xception.errors import ConfigError, MissingPackageError
 from xception.models import registry
+from xception.models.baselines import import_timm
 from xception.weights.bundle import BundleInfo, load_bundle, save_bundle
 from xception.weights.keras_write import write_keras
 from xception.weights.torch_write import write_torch
@@ -96,7 +99,7 @@ def write_work(work: Work, folder: Path, files: set[str]) -> None:
         expected = model(torch.from_numpy(images)).numpy()
     np.save(folder / IMAGES, images)
     np.save(folder / EXPECTED, expected)
-    if files & {TIMM, ONNX}:
+    if files & {TIMM, ONNX} and not work.options:
         write_torch(folder / TIMM, model, CATALOG[work.model].family)
     if KERAS in files:
         write_keras(folder / KERAS, model, info, "keras")
@@ -105,19 +108,12 @@ def write_work(work: Work, folder: Path, files: set[str]) -> None:
 
 
 def torch_network(folder: Path, case_model: str) -> nn.Module:
-    """timm's network with the weights of `folder`; ours where timm has none of these widths."""
-    from importlib import import_module
-
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / TIMM)
-    published = CATALOG[case_model]
-    timm: Any = import_module("timm")
-    model: nn.Module = timm.create_model(published.family.removeprefix("timm/"), pretrained=False)
-    if {key: value.shape for key, value in model.state_dict().items()} != {k: v.shape for k, v in tensors.items()}:
-        model, _ = load_bundle(folder / BUNDLE)
-        return model.eval()
-    model.load_state_dict(tensors)
+    """timm's network with the weights of `folder`; ours where that has none for it, as with options of our own."""
+    if not (folder / TIMM).exists():
+        return load_bundle(folder / BUNDLE)[0]
+    name = CATALOG[case_model].family.removeprefix("timm/")
+    model: nn.Module = import_timm().create_model(name, pretrained=False)
+    model.load_state_dict(load_file(folder / TIMM))
     return model.eval()
 
 
@@ -125,19 +121,22 @@ def _write_onnx(folder: Path, work: Work, ours: nn.Module) -> None:
     """timm's network (ours where timm is not installed), the number of images left open."""
     try:
         model = torch_network(folder, work.model)
-    except ModuleNotFoundError:
+    except MissingPackageError:
         model = ours
-    images = torch.from_numpy(pictures(2, work.size))
-    open_batch = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+    dimensions: Any = torch.export.Dim
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (images,),
-            folder / ONNX,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=open_batch,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                model,
+                (torch.from_numpy(pictures(2, work.size)),),
+                folder / ONNX,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: dimensions("batch", min=1, max=4096)},),
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{work.model} cannot be written as ONNX at {work.size} pixels: {reason}") from error

@@ -14,15 +14,12 @@ K = TypeVar("K", bound=Hashable)
 
 
 def order_of(keys: Sequence[K], turn: int) -> list[K]:
-    """The keys in the order of round number `turn`: rotated by it, and every other round backwards.
+    """The keys in the order of round number `turn`: from the key of that number on, every other round backwards.
 
     So over the rounds each system follows different others.
     """
-    if not keys:
-        return []
-    start = turn % len(keys)
-    rotated = [*keys[start:], *keys[:start]]
-    return rotated[::-1] if turn % 2 else rotated
+    step = -1 if turn % 2 else 1
+    return [keys[(turn + step * place) % len(keys)] for place in range(len(keys))]
 
 
 def interleave(
@@ -53,15 +50,14 @@ def median_ratio(rates: Sequence[float], others: Sequence[float]) -> float:
     return median(rate / other for rate, other in zip(rates, others, strict=True))
 
 
-def against_best(
-    key: K, peers: Iterable[K], rates: Mapping[K, Sequence[float]]
-) -> tuple[K, float] | tuple[None, None]:
+def against_best(key: K, peers: Iterable[K], rates: Mapping[K, Sequence[float]]) -> tuple[K, float] | tuple[None, None]:
     """The peer that compares best with `key`, and the median ratio of `key` to it; None, None without peers.
 
     The best peer is the one with the smallest such ratio: no other peer's would be more favourable to the peers.
     """
-    ratios = [(median_ratio(rates[key], rates[peer]), peer) for peer in peers if peer in rates]
-    if key not in rates or not ratios:
+    there = [peer for peer in peers if peer in rates]
+    if key not in rates or not there:
         return None, None
+    ratios = [(median_ratio(rates[key], rates[peer]), peer) for peer in there]
     ratio, best = min(ratios, key=lambda pair: pair[0])
     return best, ratio

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Protocol, Union, cast
 
 import tyro
 
+from xception.cli.benchmark import Benchmark
 from xception.cli.convert import Convert
 from xception.cli.evaluate import Evaluate
 from xception.cli.models import Models
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type[Any]] = {
     "predict": Predict,
     "convert": Convert,
     "models": Models,
+    "benchmark": Benchmark,
 }
 
 

@@ -35,7 +35,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -81,12 +81,19 @@ class DecodeLimits:
 DEFAULT_LIMITS = DecodeLimits()
 
 
-def decode_image(source: Encoded | str | os.PathLike[str] | BinaryIO, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
+def decode_image(
+    source: Encoded | str | os.PathLike[str] | BinaryIO,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    *,
+    reduction: Reduction | None = None,
+) -> Pixels:
     """Decode one JPEG, PNG, WebP, GIF, BMP or TIFF image.
 
     Args:
         source: The encoded bytes, a path, or a binary file, read from where it stands.
-        limits: What is refused before decoding.
+        limits: What is refused before decoding, by the size in the file.
+        reduction: Allows JPEGs of grey or three colours to be decoded at a half, a quarter or an eighth of their size
+            (rounded up), for which the decoder computes fewer pixels from each 8 x 8 block. Others come in full.
 
     Returns:
         uint8 H W 3, RGB, contiguous and writable.
@@ -94,27 +101,6 @@ def decode_image(source: Encoded | str | os.PathLike[str] | BinaryIO, limits: De
     Raises:
         ImageError: Anything but one of these images, whole and within the limits; one line, without the file's name.
             Never another error, whatever the bytes. Only regular files are opened: a pipe or device cannot hang it.
-    """
-    return decode_reduced(source, None, limits).pixels
-
-
-class ReducedImage(NamedTuple):
-    """A decoded image, and the size that it has in the file (upright): `pixels` may be smaller."""
-
-    pixels: Pixels
-    height: int
-    width: int
-
-
-def decode_reduced(
-    source: Encoded | str | os.PathLike[str] | BinaryIO,
-    reduction: Reduction | None,
-    limits: DecodeLimits = DEFAULT_LIMITS,
-) -> ReducedImage:
-    """As `decode_image`, but a JPEG of grey or three colours may come smaller by the factor that `reduction` gives.
-
-    The decoder then computes fewer pixels from each 8 x 8 block, in a fraction of the time. The same is refused, and
-    the limits are on the size in the file. Other images come in full.
     """
     try:
         if isinstance(source, bytes | bytearray | memoryview):
@@ -161,7 +147,7 @@ _PLUGINS: dict[Format, Callable[[io.BytesIO], Image.Image]] = {
 }
 
 
-def _decode_path(path: str | os.PathLike[str], limits: DecodeLimits, reduction: Reduction | None) -> ReducedImage:
+def _decode_path(path: str | os.PathLike[str], limits: DecodeLimits, reduction: Reduction | None) -> Pixels:
     _check_regular(os.stat(path))
     # Not blocking, in case a pipe has taken the file's place in the meantime; checked again on the open file.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -183,7 +169,7 @@ def _check_regular(status: os.stat_result) -> None:
         raise ImageError(f"not a regular file but {kind}")
 
 
-def _decode(stream: BinaryIO, size: int, limits: DecodeLimits, reduction: Reduction | None) -> ReducedImage:
+def _decode(stream: BinaryIO, size: int, limits: DecodeLimits, reduction: Reduction | None) -> Pixels:
     if size > limits.max_bytes:
         raise ImageError(f"file of more than {limits.max_bytes:,} bytes, the limit")
 
@@ -196,11 +182,11 @@ def _decode(stream: BinaryIO, size: int, limits: DecodeLimits, reduction: Reduct
         with _PLUGINS[payload.format](io.BytesIO(payload.data)) as image:
             # Again: the header as the decoder reads it, should the two readings ever differ.
             _check_size(*image.size, max_pixels=max_pixels)
-            width, height = image.size[::-1] if payload.orientation >= 5 else image.size
             if reduction is not None and payload.format == "JPEG":
+                width, height = image.size[::-1] if payload.orientation >= 5 else image.size
                 _reduce(image, reduction(height, width))
             image.load()
-            return ReducedImage(_turn(rgb_pixels(image), payload.orientation), height, width)
+            return _turn(rgb_pixels(image), payload.orientation)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:  # by the plugin for WebP, which has a guard too

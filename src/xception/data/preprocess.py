@@ -81,24 +81,21 @@ class Preprocess:
         """uint8 H W C (C of 1 or 3) -> float32 C H W, the network's input."""
         return self.normalize(self.geometry(image))
 
-    def geometry(self, image: npt.NDArray[np.uint8], full_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """uint8 H W C -> uint8 C H W of `channels` and `size`: everything but the normalisation.
-
-        `full_size`: height and width of which `image` is a reduction (see `reduction`), where it is one.
-        """
-        return self.fit(self.convert(image), full_size)
+    def geometry(self, image: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """uint8 H W C -> uint8 C H W of `channels` and `size`: everything but the normalisation."""
+        return self.fit(self.convert(image))
 
     def reduction(self, height: int, width: int) -> int:
-        """How many times smaller an image of this size may be decoded, 1, 2, 4 or 8: the resize still halves it.
+        """How many times smaller an image of this size may be decoded: 1, 2, 4 or 8.
 
-        Decoders reduce by simple means; what that does to the finest details is gone after another halving, by the
-        antialiased filter.
+        Only as far as the antialiased resize still halves what is left, which takes away most of what a decoder does
+        to the finest details, and as both sides are whole multiples: else the picture would be stretched a little.
         """
         if self.interpolation == "nearest" or max(height, width) > _MAX_ASPECT * min(height, width):
             return 1
         target = self._resized(height, width)
         shrinks = min(height / target[0], width / target[1])
-        return next((factor for factor in (8, 4, 2) if shrinks >= 2 * factor), 1)
+        return next((n for n in (8, 4, 2) if shrinks >= 2 * n and height % n == width % n == 0), 1)
 
     def convert(self, image: npt.NDArray[np.uint8]) -> torch.Tensor:
         """uint8 H W C -> uint8 C H W with the right channels and the image's own size."""
@@ -119,11 +116,8 @@ class Preprocess:
         tensor = torch.from_numpy(image).permute(2, 0, 1)
         return tensor.expand(self.channels, -1, -1) if self.channels > tensor.shape[0] else tensor
 
-    def fit(self, images: torch.Tensor, full_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """uint8 [...,] C H W of one size -> the same with H W = `size`: resize and centre crop.
-
-        `full_size` as for `geometry`: the rounding of sizes is then that of the full image.
-        """
+    def fit(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [...,] C H W of one size -> the same with H W = `size`: resize and centre crop."""
         from torchvision.transforms.v2 import functional
 
         height, width = images.shape[-2:]
@@ -133,7 +127,7 @@ class Preprocess:
                 images, [min(height, _MAX_ASPECT * width), min(width, _MAX_ASPECT * height)]
             )
             height, width = images.shape[-2:]
-        target = self._resized(*(full_size or (height, width)))
+        target = self._resized(height, width)
         if target != (height, width):
             images = functional.resize(
                 images, list(target), interpolation=self.interpolation_mode, antialias=self.interpolation != "nearest"

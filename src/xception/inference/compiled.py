@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from xception.errors import ConfigError
 from xception.inference.lowering import Outputs, Uncovered, lower
 from xception.ops import backend as machine
 
+if TYPE_CHECKING:
+    from xception.ops.backend import Network
+
 Precision = Literal["fp32", "bf16", "fp16"]
 Mode = Literal["throughput", "latency"]
 Engine = Literal["auto", "native", "torch"]
@@ -29,6 +33,12 @@ Images: TypeAlias = "Tensor | NDArray[Any]"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MEAN_AND_STD = (0.5, 0.5)  # of Xception everywhere: pixels to -1..1
+
+
+@dataclass(frozen=True)
+class _Native:
+    network: Network
+    outputs: Outputs
 
 
 class CompiledModel:
@@ -54,20 +64,20 @@ class CompiledModel:
         self.minimum_size = int(model.config.minimum_size)  # type: ignore[union-attr, arg-type]
         self._mean = self._per_channel("mean", mean, _MEAN_AND_STD[0])
         self._std = self._per_channel("std", std, _MEAN_AND_STD[1])
-        self.level: str | None = None
-        self.reason: str | None = None
-        self._network: Any = None
-        self._outputs: Outputs | None = None
-        self._model: nn.Module | None = None
-        self.reason = self._lower(model) if backend != "torch" else "asked for"
-        # What still runs in torch is a copy, as everything else is.
-        if self._network is None:
-            self._model = copy.deepcopy(model).eval()
-        elif self._outputs is not None and self._outputs.logits is None:
-            self._model = copy.deepcopy(model.classifier).eval()  # type: ignore[arg-type]
-        self.backend: Literal["native", "torch"] = "torch" if self._network is None else "native"
-        if backend == "native" and self._network is None:
+        found = self._lower(model, backend)
+        self.reason = found if isinstance(found, str) else None
+        self._native = None if isinstance(found, str) else found
+        self.level = None if self._native is None else self._native.network.level
+        self.backend: Literal["native", "torch"] = "torch" if self._native is None else "native"
+        if backend == "native" and self._native is None:
             raise ConfigError(f"the compiled executor does not cover this network here: {self.reason}")
+        # What still runs in torch is a copy, as everything else is: the whole network, or its head.
+        self._in_torch: Any = None
+        if self._native is None:
+            self._in_torch = copy.deepcopy(model).eval()
+        elif self._native.outputs.logits is None:
+            head: Any = model.classifier
+            self._in_torch = copy.deepcopy(head).eval()
 
     def __repr__(self) -> str:
         where = f"native, {self.level}" if self.backend == "native" else f"torch: {self.reason}"
@@ -83,41 +93,35 @@ class CompiledModel:
         if output not in ("logits", "features", "pooled"):
             raise ConfigError(f"output must be logits, features or pooled; got {output!r}")
         batch = self._channels_last(images)
-        if self._network is None:
-            return self._in_torch(batch, output)
-        assert self._outputs is not None
-        head_in_torch = output == "logits" and self._outputs.logits is None
-        asked = "pooled" if head_in_torch else output
-        value = getattr(self._outputs, asked)
+        if self._native is None:
+            return self._run_in_torch(batch, output)
+        network, outputs = self._native.network, self._native.outputs
+        head_in_torch = output == "logits" and outputs.logits is None
+        value = getattr(outputs, "pooled" if head_in_torch else output)
         count, height, width, _ = batch.shape
-        result = np.empty((count, *self._network.shape(value, height, width)), np.float32)
-        self._network.run(batch, value, result)
+        result = np.empty((count, *network.shape(value, height, width)), np.float32)
+        network.run(batch, value, result)
         found = torch.from_numpy(result).permute(0, 3, 1, 2)
         if head_in_torch:
             with torch.inference_mode():
-                assert self._model is not None
-                logits: Tensor = self._model(found)
+                logits: Tensor = self._in_torch(found)
                 return logits
         return found if output == "features" else found[:, :, 0, 0]
 
     # ---- building -------------------------------------------------------------------------------------------
 
-    def _lower(self, model: nn.Module) -> str | None:
-        """Build the native network; or say why there is none."""
-        if not machine.native_available():
-            return machine.describe()
-        from xception._native import Network
-
-        level = native_level(self.precision)
-        network = Network(
-            level, self.precision, self.in_channels, self.num_threads, latency=self.mode == "latency"
-        )
+    def _lower(self, model: nn.Module, backend: Engine) -> _Native | str:
+        """The native network; or why there is none."""
+        if backend == "torch":
+            return "asked for"
+        if machine.active_backend() != "native":
+            return "the backend is set to 'reference'" if machine.native_available() else machine.describe()
+        latency = self.mode == "latency"
+        network = machine.new_network(self.precision, self.in_channels, self.num_threads, latency=latency)
         try:
-            self._outputs = lower(model, network)
+            return _Native(network, lower(model, network))
         except Uncovered as uncovered:
             return str(uncovered)
-        self._network, self.level = network, level
-        return None
 
     def _per_channel(self, name: str, values: Sequence[float] | None, default: float) -> NDArray[np.float32]:
         found = [default] * self.in_channels if values is None else list(values)
@@ -150,8 +154,8 @@ class CompiledModel:
             array = (array.astype(np.float32) / np.float32(255) - self._mean) / self._std
         return array
 
-    def _in_torch(self, batch: NDArray[np.float32], output: Output) -> Tensor:
-        model: Any = self._model
+    def _run_in_torch(self, batch: NDArray[np.float32], output: Output) -> Tensor:
+        model = self._in_torch
         dtype = _DTYPES[self.precision]
         with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=self.precision != "fp32"):
             features = model.forward_features(torch.from_numpy(batch).permute(0, 3, 1, 2))
@@ -160,15 +164,6 @@ class CompiledModel:
             if output == "pooled":
                 return features.float().mean((2, 3))  # type: ignore[no-any-return]
             return model.forward_head(features).float()  # type: ignore[no-any-return]
-
-
-def native_level(precision: Precision) -> str:
-    """The strongest kernels for this precision that the machine has and `XCEPTION_MAX_ISA` allows."""
-    features = machine.cpu_features()
-    for level in {"fp32": (), "bf16": ("amx_bf16", "avx512_bf16"), "fp16": ("amx_fp16",)}[precision]:
-        if level in features:
-            return level
-    return next((level for level in ("avx512", "avx2") if level in features), "scalar")
 
 
 def compile_model(

@@ -1,8 +1,9 @@
 """A trained network as layers of the compiled executor: batch normalisation folded away, activations fused.
 
 Each function here reads one kind of module of `models` and adds its layers; what has no counterpart in the executor
-raises `Uncovered`, which names it. Folding is done in float64: with ``s = gamma / sqrt(variance + epsilon)`` a
-normalised convolution is the convolution with weights ``s * w`` and bias ``beta - s * mean``.
+raises `Uncovered`, which names it. Submodules are `Any` to the type checker, which knows no names in them. Folding is
+done in float64: with ``s = gamma / sqrt(variance + epsilon)`` a normalised convolution is the convolution with weights
+``s * w`` and bias ``beta - s * mean``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xception.models.head import Classifier
 from xception.models.layers import ConvNorm, SamePool2d, SeparableConv2d
-from xception.models.xception import SeparableUnit, Xception, XceptionBlock
-from xception.models.xception_aligned import AlignedBlock, AlignedUnit, XceptionAligned
+from xception.models.xception import SeparableUnit, Xception
+from xception.models.xception_aligned import XceptionAligned
 
 if TYPE_CHECKING:
-    from xception._native import Network
+    from xception.ops.backend import Network
 
 Array = NDArray[np.float32]
 IMAGE = 0  # the number of the executor's first value
@@ -55,7 +55,7 @@ def lower(model: nn.Module, network: Network) -> Outputs:
 # ------------------------------------------------------------------------------------------------- the networks
 
 
-def _xception(model: Xception, network: Network) -> int:
+def _xception(model: Any, network: Network) -> int:
     if model.middle_flow.passes != 1 and len(model.middle_flow) == 0:
         raise Uncovered("a tied middle flow without modules")
     stem = model.entry_flow.stem
@@ -76,7 +76,7 @@ def _xception(model: Xception, network: Network) -> int:
     return value
 
 
-def _block(block: XceptionBlock, network: Network, value: int) -> int:
+def _block(block: Any, network: Network, value: int) -> int:
     shortcut, residual = block.shortcut, -1
     pools = isinstance(block.pool, SamePool2d)
     if isinstance(shortcut, ConvNorm):
@@ -92,7 +92,7 @@ def _block(block: XceptionBlock, network: Network, value: int) -> int:
     return value
 
 
-def _unit(unit: SeparableUnit, network: Network, value: int, residual: int = -1) -> int:
+def _unit(unit: Any, network: Network, value: int, residual: int = -1) -> int:
     conv = unit.conv
     if not isinstance(conv, SeparableConv2d):
         raise Uncovered("convolutions over several channels a segment")
@@ -112,7 +112,7 @@ def _unit(unit: SeparableUnit, network: Network, value: int, residual: int = -1)
     )
 
 
-def _aligned(model: XceptionAligned, network: Network) -> int:
+def _aligned(model: Any, network: Network) -> int:
     if model.config.preactivation:
         raise Uncovered("pre-activated modules")
     stem = model.entry_flow.stem
@@ -127,7 +127,7 @@ def _aligned(model: XceptionAligned, network: Network) -> int:
     return _aligned_block(model.exit_flow.separable, network, value)
 
 
-def _aligned_block(block: AlignedBlock, network: Network, value: int) -> int:
+def _aligned_block(block: Any, network: Network, value: int) -> int:
     shortcut, residual = block.shortcut, -1
     if isinstance(shortcut, ConvNorm):
         residual = _convolution(shortcut, network, value, _padding(shortcut.conv))
@@ -139,7 +139,7 @@ def _aligned_block(block: AlignedBlock, network: Network, value: int) -> int:
     return value
 
 
-def _aligned_unit(unit: AlignedUnit, network: Network, value: int, residual: int) -> int:
+def _aligned_unit(unit: Any, network: Network, value: int, residual: int) -> int:
     scale, shift = _affine(unit.depthwise_norm)
     filters = _filters(unit.depthwise.weight, scale)
     weights, bias = _folded(unit.pointwise.weight, unit.norm)
@@ -160,7 +160,7 @@ def _aligned_unit(unit: AlignedUnit, network: Network, value: int, residual: int
     )
 
 
-def _head(head: Classifier, network: Network, features: int) -> Outputs:
+def _head(head: Any, network: Network, features: int) -> Outputs:
     pooled = network.reduce(features, maximum=head.pooling == "max")
     if any(name not in _ACTIVATIONS for name in head.hidden_activations):
         return Outputs(features, pooled, None)
@@ -206,8 +206,7 @@ def _filters(weight: Tensor, scale: NDArray[np.float64] | None = None) -> Array:
     return np.ascontiguousarray(numbers.reshape(len(numbers), -1).T, np.float32)
 
 
-def _linear(layer: nn.Module) -> dict[str, Any]:
-    assert isinstance(layer, nn.Linear)
+def _linear(layer: nn.Linear) -> dict[str, Any]:
     bias = None if layer.bias is None else _numbers(layer.bias).astype(np.float32)
     return {"weights": np.ascontiguousarray(_numbers(layer.weight), np.float32), "bias": bias}
 
@@ -215,7 +214,7 @@ def _linear(layer: nn.Module) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------- sampling
 
 
-def _convolution(unit: ConvNorm, network: Network, value: int, padding: dict[str, Any]) -> int:
+def _convolution(unit: Any, network: Network, value: int, padding: dict[str, Any]) -> int:
     conv = unit.conv
     act = {nn.Identity: "none", nn.ReLU: "relu", nn.ELU: "elu"}.get(type(unit.act))
     if act is None or (unit.activation_first and act != "none" and not isinstance(unit.norm, nn.Identity)):
@@ -235,16 +234,16 @@ def _convolution(unit: ConvNorm, network: Network, value: int, padding: dict[str
     )
 
 
-def _padding(conv: nn.Conv2d) -> dict[str, Any]:
+def _padding(conv: Any) -> dict[str, Any]:
     if isinstance(conv.padding, str) or conv.padding[0] != conv.padding[1] or conv.padding_mode != "zeros":
         raise Uncovered(f"padding {conv.padding!r}")
     return {"padding": "fixed", "amount": conv.padding[0]}
 
 
-def _sampling(conv: nn.Module) -> dict[str, Any]:
-    stride, padding, dilation = (conv.sampling[name] for name in ("stride", "padding", "dilation"))  # type: ignore[index]
+def _sampling(conv: Any) -> dict[str, Any]:
+    stride, padding, dilation = (conv.sampling[name] for name in ("stride", "padding", "dilation"))
     pad = {"padding": "same"} if padding == "same" else {"padding": "fixed", "amount": padding}
-    return {"kernel": conv.kernel_size[0], "stride": stride, "dilation": dilation, **pad}  # type: ignore[index]
+    return {"kernel": conv.kernel_size[0], "stride": stride, "dilation": dilation, **pad}
 
 
 def _pooling(pool: SamePool2d) -> dict[str, Any]:

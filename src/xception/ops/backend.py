@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Literal
 
+    from xception._native import Network as Network
+
     Backend = Literal["native", "reference"]
+    Precision = Literal["fp32", "bf16", "fp16"]
     BackendChoice = Literal["auto", "native", "reference"]
 
 CAP_VARIABLE = "XCEPTION_MAX_ISA"
@@ -172,6 +175,34 @@ def available_levels() -> tuple[str, ...]:
     if _native is None:
         return ()
     return tuple(level for level in _levels_up_to_cap() if level == "scalar" or level in usable)
+
+
+# The kernels by precision, strongest first, and the feature that each needs.
+_KERNELS = {
+    "fp32": ("avx512", "avx2"),
+    "bf16": ("amx_bf16", "avx512_bf16", "avx512", "avx2"),
+    "fp16": ("amx_fp16", "avx512", "avx2"),
+}
+
+
+def kernel_level(precision: Precision) -> str:
+    """The strongest kernels for this precision that the machine has and `XCEPTION_MAX_ISA` allows.
+
+    Raises ConfigError like `cpu_features`.
+    """
+    features = cpu_features()
+    return next((level for level in _KERNELS[precision] if level in features), "scalar")
+
+
+def new_network(precision: Precision, channels: int, threads: int, *, latency: bool = False) -> Network:
+    """An empty network of the compiled executor, for the strongest kernels; see `_native.pyi`.
+
+    Raises ConfigError where the extension is missing, and like `cpu_features`.
+    """
+    if _native is None:
+        raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
+    network: Network = _native.Network(kernel_level(precision), precision, channels, threads, latency=latency)
+    return network
 
 
 def describe() -> str:

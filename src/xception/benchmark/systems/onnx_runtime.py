@@ -24,7 +24,7 @@ def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
     inputs = {session.get_inputs()[0].name: images}
     return Loaded(
         call=lambda: session.run(None, inputs),
-        logits=lambda result: result[0],  # type: ignore[no-any-return]
+        logits=lambda result: result[0],
         images=len(images),
     )
 
@@ -32,6 +32,7 @@ def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
 SYSTEM = System(
     name="onnxruntime",
     needs=("onnxruntime",),
+    exports=("onnx", "onnxscript"),
     files=("network.onnx",),
     variants=(Variant(name="cpu", precision="fp32"),),
     load=load,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xception.benchmark.case import Case, Loaded, System, Unsupported, Variant
+from xception.benchmark.case import Case, Loaded, Mode, Precision, System, Unsupported, Variant
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
@@ -70,18 +70,20 @@ def _queued(queue: Any, images: NDArray[Any], batch: int) -> Loaded:
     return Loaded(call=call, logits=logits, images=requests * batch)
 
 
+_WAYS: tuple[tuple[str, tuple[Mode, ...]], ...] = (
+    ("async", ("throughput",)),
+    ("async-batch", ("throughput",)),
+    ("sync", ("throughput", "latency")),
+)
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+
 SYSTEM = System(
     name="openvino",
     needs=("openvino",),
+    exports=("onnx", "onnxscript"),
     files=("network.onnx",),
     variants=tuple(
-        Variant(name=name, precision=precision, modes=modes)
-        for precision in ("fp32", "bf16", "fp16")
-        for name, modes in (
-            ("async", ("throughput",)),
-            ("async-batch", ("throughput",)),
-            ("sync", ("throughput", "latency")),
-        )
+        Variant(name=name, precision=precision, modes=modes) for precision in _PRECISIONS for name, modes in _WAYS
     ),
     load=load,
 )

@@ -23,12 +23,12 @@ def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
     batch = torch.from_numpy(images).to(memory_format=torch.channels_last)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(torch_network(folder, case.model), (batch,)).module()
-        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-        prepared = steps.prepare_pt2e(exported, quantizer)
+        program: Any = torch.export.export(torch_network(folder, case.model), (batch,))
+        quantizer: Any = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = steps.prepare_pt2e(program.module(), quantizer)
         for seed in range(4):  # other images than those that are measured
             prepared(torch.from_numpy(pictures(len(images), case.size, seed=100 + seed)))
-        model = torch.compile(steps.convert_pt2e(prepared))
+        model: Any = torch.compile(steps.convert_pt2e(prepared))
 
     def call() -> Any:
         with torch.no_grad():

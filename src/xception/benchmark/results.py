@@ -1,0 +1,122 @@
+"""Result files, and the README's table that is made of them: ``python -m xception.benchmark.results README.md``.
+
+A file in ``benchmarks/results/`` holds JSON lines: the machine first (``"system": "machine"``), then a line a case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xception.errors import ConfigError
+
+FOLDER = Path("benchmarks", "results")
+PATTERN = "inference*.jsonl"
+BEGIN, END = "<!-- benchmark:inference -->", "<!-- /benchmark:inference -->"
+
+Line = Mapping[str, Any]
+
+
+def write_lines(path: Path, lines: Iterable[Line]) -> None:
+    """Write `lines` to `path`, whose folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def read_lines(path: Path) -> tuple[Line, list[Line]]:
+    """The machine's line and those of the cases. Raises `ConfigError` for another file."""
+    try:
+        machine, *cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected JSON lines of a benchmark: {error}") from None
+    if not isinstance(machine, dict) or machine.get("system") != "machine":
+        raise ConfigError(f"{path}: expected the machine in its first line")
+    return machine, cases
+
+
+def table(folder: Path) -> str:
+    """The README's table, Markdown: for each file the machine, then ours and the best peer of each comparison."""
+    parts = []
+    for path in sorted(folder.glob(PATTERN)):
+        machine, cases = read_lines(path)
+        parts.append("\n".join([*_ROW_HEAD, *_rows(cases)]) + f"\n\n{_caption(machine, path)}\n")
+    if not parts:
+        raise ConfigError(f"{folder}: no {PATTERN} to make a table of")
+    return "\n".join(parts)
+
+
+_ROW_HEAD = (
+    "| network | precision | mode | `xception` | best peer | ratio | logit error |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+def _rows(cases: Sequence[Line]) -> list[str]:
+    rows = []
+    for line in cases:
+        if line["system"] != "xception" or "error" in line or line.get("scaling"):
+            continue
+        peers = [peer for peer in cases if _compares(peer, line)]
+        ratio = line["ratio_to_best_peer"] or line.get("ratio_to_best_half_precision_peer")
+        name = line["best_peer"] or line.get("best_half_precision_peer")
+        best = next(
+            (peer for peer in peers if f"{peer['system']} {peer['variant']}, {peer['precision']}" == name), None
+        )
+        peer_text = "none" if best is None else f"{_speed(best)} ({name})"
+        cells = [
+            f"`{line['model']}`, {line['size']} pixels",
+            line["precision"],
+            f"{line['mode']}, batch {line['batch']}",
+            _speed(line),
+            peer_text,
+            "" if ratio is None else f"{ratio:.2f}",
+            f"{line['logit_error']:.1e}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _compares(peer: Line, line: Line) -> bool:
+    return (
+        peer["system"] != "xception"
+        and "error" not in peer
+        and all(peer.get(key) == line.get(key) for key in ("model", "mode", "batch", "size", "threads", "scaling"))
+    )
+
+
+def _speed(line: Line) -> str:
+    if line["mode"] == "latency":
+        return f"{line['latency_ms']:.1f} ms"
+    return f"{line['images_per_second']:.1f} images/s"
+
+
+def _caption(machine: Line, path: Path) -> str:
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
+    features = ", ".join(machine["features"]) or "no vector instructions"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    where = f"`{FOLDER.as_posix()}/{path.name}`"
+    return f"{machine['cpu']} ({features}), {threads}; {versions}; {machine['date']}, {where}."
+
+
+def with_table(text: str, made: str) -> str:
+    """`text` with `made` between the two marks. Raises `ConfigError` where they are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"expected {BEGIN} and, after it, {END}")
+    return f"{before}{BEGIN}\n{made}{END}{after}"
+
+
+def main(paths: Sequence[str]) -> None:
+    """Put the table of the result files beside each document into it."""
+    for path in map(Path, paths):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(with_table(text, table(path.parent / FOLDER)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,387 @@
+"""The public operations: one signature each, the definition in `reference`, the fast path in the compiled kernels.
+
+Which path is taken is decided a call: the kernels where the backend allows them, the tensors are float32 on the CPU, no
+gradient is wanted, and the options are ones that they have; plain PyTorch everywhere else. Both are the same operation
+to within rounding, and both are torch.library operators (`torch.ops.xception.*`) with fake implementations and
+autograd, so that `torch.compile` and `torch.export` see one node.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xception.errors import ConfigError
+from xception.ops import backend, reference
+from xception.ops.reference import Activation, Order, Padding
+
+if TYPE_CHECKING:
+    from xception.ops.backend import Network
+
+_SAME = -1  # `padding` of the operators, which take whole numbers only
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+) -> Tensor:
+    """As `reference.depthwise_conv2d`: N C H W -> N C*m H' W'."""
+    if _wants_gradient(x, weight, bias):
+        return reference.depthwise_conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation)
+    return torch.ops.xception.depthwise_conv2d(x, weight, bias, stride, _number(padding), dilation)  # type: ignore[no-any-return]
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+    order: Order = "depthwise_pointwise",
+    input_relu: bool = False,
+    intermediate_activation: Activation = "none",
+    residual: Tensor | None = None,
+    output_activation: Activation = "none",
+) -> Tensor:
+    """As `reference.separable_conv2d`: N C H W -> N C' H' W'."""
+    if order not in reference.ORDERS:
+        raise ConfigError(f"order must be one of {', '.join(reference.ORDERS)}; got {order!r}")
+    for name in (intermediate_activation, output_activation):
+        if name not in reference.ACTIVATIONS:
+            raise ConfigError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {name!r}")
+    if _wants_gradient(x, depthwise, pointwise, bias, residual):
+        return reference.separable_conv2d(
+            x,
+            depthwise,
+            pointwise,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            order=order,
+            input_relu=input_relu,
+            intermediate_activation=intermediate_activation,
+            residual=residual,
+            output_activation=output_activation,
+        )
+    return torch.ops.xception.separable_conv2d(  # type: ignore[no-any-return]
+        x,
+        depthwise,
+        pointwise,
+        bias,
+        residual,
+        stride,
+        _number(padding),
+        dilation,
+        order,
+        input_relu,
+        intermediate_activation,
+        output_activation,
+    )
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _number(padding: Padding) -> int:
+    if padding == "same":
+        return _SAME
+    if not isinstance(padding, int) or padding < 0:
+        raise ConfigError(f"padding must be 'same' or a whole number of zeros; got {padding!r}")
+    return padding
+
+
+def _word(padding: int) -> Padding:
+    return "same" if padding == _SAME else padding
+
+
+# ---------------------------------------------------------------------------------------------- the operators
+
+
+@torch.library.custom_op("xception::depthwise_conv2d", mutates_args=())
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
+    if _is_native(x, weight, bias) and _has_kernels(x, weight, stride, padding, dilation):
+        key = ("depthwise", stride, padding, dilation)
+        return _NETWORKS.run(x, (weight, bias), key, lambda network: _add_depthwise(network, weight, bias, *key[1:]))
+    y = reference.depthwise_conv2d(x, weight, bias, stride=stride, padding=_word(padding), dilation=dilation)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("xception::separable_conv2d", mutates_args=())
+def _separable(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    order: str,
+    input_relu: bool,
+    intermediate_activation: str,
+    output_activation: str,
+) -> Tensor:
+    if (
+        order == "depthwise_pointwise"
+        and _is_native(x, depthwise, pointwise, bias, residual)
+        and _has_kernels(x, depthwise, stride, padding, dilation)
+        and pointwise.shape[1:] == (x.shape[1], 1, 1)
+        and (bias is None or bias.shape == pointwise.shape[:1])
+        and _fits(residual, x, depthwise, pointwise, stride, padding, dilation)
+    ):
+        options = (stride, padding, dilation, input_relu, intermediate_activation, output_activation)
+        key = ("separable", *options, residual is not None)
+
+        def build(network: Network) -> int:
+            beside = network.load(pointwise.shape[0]) if residual is not None else -1
+            return network.separable(
+                network.load(),
+                filters=_filters(depthwise),
+                middle=intermediate_activation,
+                weights=_array(pointwise[:, :, 0, 0]),
+                bias=None if bias is None else _array(bias),
+                input_relu=input_relu,
+                residual=beside,
+                activation=output_activation,
+                **_sampling(depthwise, stride, padding, dilation),
+            )
+
+        return _NETWORKS.run(x, (depthwise, pointwise, bias), key, build, beside=residual)
+    y = reference.separable_conv2d(
+        x,
+        depthwise,
+        pointwise,
+        bias,
+        stride=stride,
+        padding=_word(padding),
+        dilation=dilation,
+        order=order,  # type: ignore[arg-type]
+        input_relu=input_relu,
+        intermediate_activation=intermediate_activation,  # type: ignore[arg-type]
+        residual=residual,
+        output_activation=output_activation,  # type: ignore[arg-type]
+    )
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+@_depthwise.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
+    return _empty(x, weight.shape[0], weight, stride, padding, dilation)
+
+
+@_separable.register_fake
+def _(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    *_: Any,
+) -> Tensor:
+    return _empty(x, pointwise.shape[0], depthwise, stride, padding, dilation)
+
+
+def _empty(x: Tensor, channels: int, weight: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+    height, width = (_output_size(size, weight.shape[2], stride, padding, dilation) for size in x.shape[2:])
+    return x.new_empty((x.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    if padding == _SAME:
+        return -(-size // stride)
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+# The gradient is that of the definition, which is computed once more: whoever trains calls the definition itself, by
+# the functions above. This serves graphs that were captured with the operators in them.
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.inputs = tuple(None if isinstance(value, Tensor) else value for value in inputs)
+    ctx.is_tensor = tuple(isinstance(value, Tensor) for value in inputs)
+
+
+def _backward(function: Any) -> Any:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        inputs = [
+            next(saved).detach().requires_grad_(needed) if is_tensor else value
+            for is_tensor, value, needed in zip(ctx.is_tensor, ctx.inputs, ctx.needs_input_grad, strict=True)
+        ]
+        wanted = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+        with torch.enable_grad():
+            found = iter(torch.autograd.grad(function(*inputs), wanted, gradient))
+        return tuple(next(found) if isinstance(v, Tensor) and v.requires_grad else None for v in inputs)
+
+    return backward
+
+
+def _depthwise_definition(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int
+) -> Tensor:
+    return reference.depthwise_conv2d(x, weight, bias, stride=stride, padding=_word(padding), dilation=dilation)
+
+
+def _separable_definition(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    order: Order,
+    input_relu: bool,
+    intermediate_activation: Activation,
+    output_activation: Activation,
+) -> Tensor:
+    return reference.separable_conv2d(
+        x,
+        depthwise,
+        pointwise,
+        bias,
+        stride=stride,
+        padding=_word(padding),
+        dilation=dilation,
+        order=order,
+        input_relu=input_relu,
+        intermediate_activation=intermediate_activation,
+        residual=residual,
+        output_activation=output_activation,
+    )
+
+
+_depthwise.register_autograd(_backward(_depthwise_definition), setup_context=_remember)
+_separable.register_autograd(_backward(_separable_definition), setup_context=_remember)
+
+
+# ------------------------------------------------------------------------------------------------- the kernels
+
+
+def _is_native(*tensors: Tensor | None) -> bool:
+    given = [t for t in tensors if t is not None]
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given) and (
+        backend.active_backend() == "native"
+    )
+
+
+def _has_kernels(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> bool:
+    """Whether this is a filter a channel, of a size that the kernels take, over a map that it fits."""
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
+        return False
+    kernel = weight.shape[2]
+    if kernel != weight.shape[3] or kernel > 15 or stride > 64 or dilation > 4096:
+        return False
+    return all(_output_size(size, kernel, stride, padding, dilation) > 0 for size in x.shape[2:])
+
+
+def _fits(
+    residual: Tensor | None, x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, padding: int, dilation: int
+) -> bool:
+    if residual is None:
+        return True
+    sizes = (_output_size(size, depthwise.shape[2], stride, padding, dilation) for size in x.shape[2:])
+    return tuple(residual.shape) == (x.shape[0], pointwise.shape[0], *sizes)
+
+
+def _array(tensor: Tensor) -> Any:
+    return np.ascontiguousarray(tensor.detach().numpy())
+
+
+def _filters(weight: Tensor) -> Any:
+    return np.ascontiguousarray(weight.detach()[:, 0].flatten(1).numpy().T)
+
+
+def _sampling(weight: Tensor, stride: int, padding: int, dilation: int) -> dict[str, Any]:
+    pad: dict[str, Any] = {"padding": "same"} if padding == _SAME else {"padding": "fixed", "amount": padding}
+    return {"kernel": weight.shape[2], "stride": stride, "dilation": dilation, **pad}
+
+
+def _add_depthwise(
+    network: Network, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int
+) -> int:
+    return network.depthwise(
+        network.load(),
+        filters=_filters(weight),
+        bias=None if bias is None else _array(bias),
+        **_sampling(weight, stride, padding, dilation),
+    )
+
+
+class _Networks:
+    """One layer of the executor for each set of weights, packed once and kept while the weights stay as they are.
+
+    The keys are the tensors themselves, by identity and version, so that an update in place is noticed; nothing keeps
+    a tensor alive. The least recently used are dropped beyond `capacity`.
+    """
+
+    def __init__(self, capacity: int = 256) -> None:
+        self._capacity = capacity
+        self._kept: OrderedDict[Any, tuple[Any, Network, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def run(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor | None, ...],
+        key: tuple[Any, ...],
+        build: Any,
+        beside: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's result for `x`, N C H W with channels last."""
+        network, value = self._find(x.shape[1], weights, key, build)
+        images = _channels_last(x)
+        result = np.empty((len(images), *network.shape(value, *images.shape[1:3])), np.float32)
+        network.run(images, value, result, None if beside is None else _channels_last(beside))
+        return torch.from_numpy(result).permute(0, 3, 1, 2)
+
+    def _find(
+        self, channels: int, weights: tuple[Tensor | None, ...], key: tuple[Any, ...], build: Any
+    ) -> tuple[Network, int]:
+        level, threads = backend.kernel_level("fp32"), torch.get_num_threads()
+        full = (key, level, threads, *((id(w), _version(w)) if w is not None else None for w in weights))
+        with self._lock:
+            found = self._kept.get(full)
+            if found is not None and all(ref is None or ref() is w for ref, w in zip(found[0], weights, strict=True)):
+                self._kept.move_to_end(full)
+                return found[1], found[2]
+        network = backend.new_network("fp32", channels, threads)
+        value = build(network)
+        references = tuple(None if w is None else weakref.ref(w) for w in weights)
+        with self._lock:
+            self._kept[full] = (references, network, value)
+            while len(self._kept) > self._capacity:
+                self._kept.popitem(last=False)
+        return network, value
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _channels_last(x: Tensor) -> Any:
+    return np.ascontiguousarray(x.detach().permute(0, 2, 3, 1).numpy())
+
+
+_NETWORKS = _Networks()
