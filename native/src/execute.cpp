@@ -1,4 +1,4 @@
-// Running a network: sizes, memory, and which thread does what.
+// Running a network: which thread does what, row by row and layer by layer.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -6,23 +6,15 @@
 #include <limits>
 #include <stdexcept>
 
-#include "halves.hpp"
 #include "network.hpp"
+#include "sizes.hpp"
 
 namespace xception {
 
 namespace {
 
-// The matrix of one strip: it should stay in a core's second-level cache beside a panel of weights.
-constexpr std::int64_t kMatrixBytes = 256 << 10;
 constexpr std::size_t kMaxLayouts = 16;
-constexpr std::int64_t kMaxPixels = 1 << 28;
 constexpr int kPixelsTogether = 90'000;  // one image of 299 x 299
-// Tiles read whole: up to 31 lines behind the last pixel.
-constexpr std::size_t kSlack = 32 * kLineBytes;
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-std::size_t index_of(int i) { return static_cast<std::size_t>(i); }
 
 // Of processor time where the system counts it a thread, so that other programs do not show.
 double thread_seconds() {
@@ -35,130 +27,10 @@ double thread_seconds() {
 #endif
 }
 
-struct Axis {
-  int size, before;
-};
-
-// The output size and the padding before an axis of `size`.
-Axis along(int size, const Sampling& s) {
-  const int reach = (s.kernel - 1) * s.dilation + 1;
-  if (s.padding == Padding::same) {
-    const int out = ceil_div(size, s.stride);
-    const int total = std::max((out - 1) * s.stride + reach - size, 0);
-    return {out, total / 2};
-  }
-  if (s.padding == Padding::dense_same) {
-    const int d = s.dilation, strided = ceil_div(size, d);
-    const int total = std::max((ceil_div(strided, 2) - 1) * 2 + 3 - strided, 0);
-    return {size + 2 * d - reach + 1, d * (total / 2)};
-  }
-  const int room = size + 2 * s.amount - reach;
-  return {room < 0 ? 0 : room / s.stride + 1, s.amount};
-}
-
-// Lines whose distance is a multiple of a page would fight for the same cache sets.
-std::int64_t spread(std::int64_t bytes) { return bytes % 1024 == 0 ? bytes + kLineBytes : bytes; }
-
-struct Range {
-  int begin, end;
-};
-Range share(int total, int index, int count) {
-  return {static_cast<int>(static_cast<std::int64_t>(total) * index / count),
-          static_cast<int>(static_cast<std::int64_t>(total) * (index + 1) / count)};
-}
-
 // Channels that a producer handles: all lanes of the matrix's lines, so that none is left unwritten.
 int whole_lines(int channels, Type type) { return ceil_div(channels, lane_count(type)) * lane_count(type); }
-int panels_of(int channels) { return ceil_div(channels, kPanel); }
 
 }  // namespace
-
-Layout Network::lay_out(const Images& given, int value) const {
-  Layout out;
-  const int images = given.count, height = given.height, width = given.width;
-  out.images = images;
-  out.places.resize(channels_.size());
-  out.windows.resize(layers_.size());
-  out.places[0] = {.height = height, .width = width, .channels = channels_[0]};
-  std::vector<int> last_use(channels_.size(), -1);
-  const int lanes = lane_count(type_);
-  for (int i = 0; i < value; ++i) {
-    const Layer& layer = layers_[index_of(i)];
-    const Place& in = out.places[index_of(layer.input)];
-    Place& place = out.places[index_of(layer.output)];
-    place.channels = layer.out_channels;
-    if (layer.kind == Kind::reduce || layer.kind == Kind::linear) {
-      place.height = place.width = 1;
-      place.block = static_cast<std::int64_t>(images) * kGroup * 4;
-      place.bytes = index_of(panels_of(layer.out_channels) * 2) * static_cast<std::size_t>(place.block);
-    } else if (layer.kind == Kind::load) {
-      place.height = layer.beside ? given.beside_height : height;
-      place.width = layer.beside ? given.beside_width : width;
-      const std::int64_t pixels = static_cast<std::int64_t>(images) * place.height * place.width;
-      place.block = spread(pixels * kLineBytes);
-      place.bytes = index_of(panels_of(layer.out_channels) * (kPanel / lanes)) * static_cast<std::size_t>(place.block);
-    } else {
-      const Sampling& s = layer.sampling;
-      const Axis y = along(in.height, s), x = along(in.width, s);
-      if (y.size < 1 || x.size < 1)
-        throw std::invalid_argument("images of " + std::to_string(height) + "x" + std::to_string(width) +
-                                    " pixels are too small for this network");
-      place.height = y.size;
-      place.width = x.size;
-      out.windows[index_of(i)] = {.in_height = in.height, .in_width = in.width, .out_height = y.size,
-                                  .out_width = x.size, .kernel = s.kernel, .stride = s.stride,
-                                  .dilation = s.dilation, .pad_top = y.before, .pad_left = x.before};
-      place.block = spread(static_cast<std::int64_t>(images) * y.size * x.size * kLineBytes);
-      place.bytes = index_of(panels_of(layer.out_channels) * (kPanel / lanes)) * static_cast<std::size_t>(place.block);
-      out.zero_lines = std::max(out.zero_lines, index_of(in.width));
-      if (layer.kind != Kind::pool && layer.kind != Kind::depthwise) {
-        const std::int64_t lines = ceil_div(layer.depth, lane_count(kernels_->matrix_type)) + 1;
-        const std::int64_t row = spread(static_cast<std::int64_t>(x.size) * kLineBytes + kLineBytes) * lines;
-        out.matrix_bytes = std::max(out.matrix_bytes, static_cast<std::size_t>(std::max(row, kMatrixBytes + 2 * row)));
-      }
-    }
-    if (layer.residual >= 0) {
-      const Place& other = out.places[index_of(layer.residual)];
-      if (other.height >= 0 && (other.height != place.height || other.width != place.width))
-        throw std::invalid_argument("a residual value does not have the output's size");
-      last_use[index_of(layer.residual)] = i;
-    }
-    last_use[index_of(layer.input)] = i;
-  }
-  last_use[index_of(value)] = value;
-  // Each value at the lowest place that is free while it is needed.
-  for (int v = 1; v <= value; ++v) {
-    Place& place = out.places[index_of(v)];
-    std::vector<const Place*> taken;
-    for (int u = 1; u < v; ++u)
-      if (last_use[index_of(u)] >= v - 1) taken.push_back(&out.places[index_of(u)]);  // v comes from layer v - 1
-    std::sort(taken.begin(), taken.end(), [](const Place* a, const Place* b) { return a->offset < b->offset; });
-    std::size_t offset = 0;
-    for (const Place* other : taken) {
-      if (offset + place.bytes <= other->offset) break;
-      offset = std::max(offset, other->offset + other->bytes);
-    }
-    place.offset = offset;
-    out.arena_bytes = std::max(out.arena_bytes, offset + place.bytes);
-  }
-  return out;
-}
-
-Tensor3 Network::shape(int value, int height, int width) const {
-  channels_of(value);
-  // What is given beside the image has the size that it needs to have.
-  const Images any{.count = 1, .height = height, .width = width, .beside_height = -1, .beside_width = -1};
-  const Layout layout = lay_out(any, value);
-  const Place& place = layout.places[index_of(value)];
-  return {place.height, place.width, place.channels};
-}
-
-const Layout& Network::layout_for(Images images, int count, int value) {
-  images.count = count;
-  const std::vector<int> key{count, images.height, images.width, images.beside_height, images.beside_width, value};
-  if (const auto found = layouts_.find(key); found != layouts_.end()) return found->second;
-  return layouts_.emplace(key, lay_out(images, value)).first->second;
-}
 
 void Network::reserve(Worker& worker, const Layout& layout, bool arena) {
   if (arena && worker.arena.size() < layout.arena_bytes) worker.arena = Buffer(layout.arena_bytes + kSlack);
@@ -168,18 +40,17 @@ void Network::reserve(Worker& worker, const Layout& layout, bool arena) {
     std::fill_n(worker.zeros.data(), worker.zeros.size(), std::byte{0});
     worker.zero_lines = layout.zero_lines;
   }
+  if (worker.bands.size() < layout.band_bytes) worker.bands = Buffer(layout.band_bytes + kSlack);
   if (worker.workspace.size() < kWorkspace) worker.workspace = Buffer(kWorkspace);
 }
 
 // What reads the layer's input, but for the rows and where the matrix goes.
-ProducerArgs Network::producer_for(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                                   const Images& images, const Worker& worker) const {
-  const Window& window = layout.windows[index];
-  const Place& in = layout.places[index_of(layer.input)];
+ProducerArgs Network::producer_for(const Layer& layer, const Window& window, const Rows& rows,
+                                   const Worker& worker) const {
   ProducerArgs producer;
   producer.window = window;
-  producer.input = layer.kind == Kind::image ? reinterpret_cast<const std::byte*>(images.data) : arena + in.offset;
-  producer.input_block = in.block;
+  producer.input = rows.input.data;
+  producer.input_block = rows.input.block;
   producer.channels = layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, kernels_->matrix_type);
   producer.input_relu = layer.input_relu;
   producer.zeros = worker.zeros.data();
@@ -191,34 +62,18 @@ ProducerArgs Network::producer_for(const Layer& layer, const Layout& layout, std
   return producer;
 }
 
-void Network::run_product(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                          const Images& images, Worker& worker, Part part) const {
-  const Window& window = layout.windows[index];
-  const Place& in = layout.places[index_of(layer.input)];
-  const Place& out = layout.places[index_of(layer.output)];
-  const Place* residual = layer.residual < 0 ? nullptr : &layout.places[index_of(layer.residual)];
-  const Range rows = share(layout.images * window.out_height, part.index, part.count);
-  const int count = rows.end - rows.begin;
-  if (count == 0) return;
-
+void Network::run_product(const Layer& layer, const Window& window, const Rows& rows, Worker& worker) const {
   MultiplyArgs product;
   product.depth = layer.depth;
   product.out_channels = layer.out_channels;
   product.weights = layer.weights.data();
   product.panel_bytes = layer.panel_bytes;
   product.bias = reinterpret_cast<const float*>(layer.bias.data());
-  product.output_block = out.block;
+  product.output_block = rows.output.block;
+  product.residual_block = rows.residual.block;
   product.activation = layer.activation;
   product.panels = panels_of(layer.out_channels);
   product.workspace = worker.workspace.data();
-  if (residual != nullptr) product.residual_block = residual->block;
-  const auto multiply = [&](int first_row, int row_count) {
-    const std::int64_t pixel = static_cast<std::int64_t>(first_row) * window.out_width;
-    product.pixels = row_count * window.out_width;
-    product.output = arena + out.offset + pixel * kLineBytes;
-    if (residual != nullptr) product.residual = arena + residual->offset + pixel * kLineBytes;
-    kernels_->multiply(product);
-  };
 
   const bool is_matrix = layer.kind == Kind::convolution && window.kernel == 1 && window.stride == 1 &&
                          window.pad_top == 0 && window.pad_left == 0 && !layer.input_relu &&
@@ -226,20 +81,21 @@ void Network::run_product(const Layer& layer, const Layout& layout, std::size_t 
                          window.out_height == window.in_height;
   const int lines = ceil_div(layer.depth, lane_count(kernels_->matrix_type));
   const std::int64_t row_bytes = static_cast<std::int64_t>(window.out_width) * kLineBytes * lines;
-  const int strips = ceil_div(count, static_cast<int>(std::clamp<std::int64_t>(kMatrixBytes / row_bytes, 1, count)));
-
-  ProducerArgs producer = producer_for(layer, layout, index, arena, images, worker);
+  const auto rows_a_strip = static_cast<int>(std::clamp<std::int64_t>(kMatrixBytes / row_bytes, 1, rows.count));
+  const int strips = ceil_div(rows.count, rows_a_strip);
+  ProducerArgs producer = producer_for(layer, window, rows, worker);
   producer.matrix = worker.matrix.data();
   for (int strip = 0; strip < strips; ++strip) {
-    const Range part_rows = share(count, strip, strips);
-    const int first = rows.begin + part_rows.begin, strip_rows = part_rows.end - part_rows.begin;
+    const Range range = share(rows.count, strip, strips);
+    const int count = range.end - range.begin;
+    const std::int64_t line_bytes = static_cast<std::int64_t>(rows.first + range.begin) * window.out_width * kLineBytes;
     if (is_matrix) {
-      product.matrix = arena + in.offset + static_cast<std::int64_t>(first) * window.out_width * kLineBytes;
-      product.matrix_block = in.block;
+      product.matrix = rows.input.data + line_bytes;
+      product.matrix_block = rows.input.block;
     } else {
-      producer.first_row = first;
-      producer.rows = strip_rows;
-      producer.matrix_block = spread(static_cast<std::int64_t>(strip_rows) * window.out_width * kLineBytes);
+      producer.first_row = rows.first + range.begin;
+      producer.rows = count;
+      producer.matrix_block = spread(static_cast<std::int64_t>(count) * window.out_width * kLineBytes);
       product.matrix = producer.matrix;
       product.matrix_block = producer.matrix_block;
       if (layer.kind == Kind::separable)
@@ -249,8 +105,54 @@ void Network::run_product(const Layer& layer, const Layout& layout, std::size_t 
       else
         kernels_->patches(producer);
     }
-    multiply(first, strip_rows);
+    product.pixels = count * window.out_width;
+    product.output = rows.output.data + line_bytes;
+    product.residual = rows.residual.data == nullptr ? nullptr : rows.residual.data + line_bytes;
+    kernels_->multiply(product);
   }
+}
+
+// Output rows of a layer that goes row by row.
+void Network::run_rows(const Layer& layer, const Window& window, const Rows& rows, Worker& worker) const {
+  if (rows.count == 0) return;
+  if (layer.kind == Kind::pool) {
+    PoolArgs args;
+    args.window = window;
+    args.input = rows.input.data;
+    args.input_block = rows.input.block;
+    args.residual = rows.residual.data;
+    args.residual_block = rows.residual.block;
+    args.output = rows.output.data;
+    args.output_block = rows.output.block;
+    args.groups = panels_of(layer.out_channels) * 2;
+    args.first_row = rows.first;
+    args.rows = rows.count;
+    return kernels_->pool(args);
+  }
+  if (layer.kind == Kind::depthwise) {
+    ProducerArgs args = producer_for(layer, window, rows, worker);
+    args.first_row = rows.first;
+    args.rows = rows.count;
+    args.matrix = rows.output.data + static_cast<std::int64_t>(rows.first) * window.out_width * kLineBytes;
+    args.matrix_block = rows.output.block;
+    return kernels_->depthwise(args);
+  }
+  run_product(layer, window, rows, worker);
+}
+
+// The layer's values where they lie in the arena.
+Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images,
+                      std::pair<int, int> range) const {
+  const auto view = [&](int value) {
+    const Place& place = layout.places[index_of(value)];
+    return View{arena + place.offset, place.block};
+  };
+  Rows rows{.input = view(layer.input), .output = view(layer.output), .first = range.first, .count = range.second};
+  // The image is only read.
+  if (layer.kind == Kind::image)
+    rows.input.data = const_cast<std::byte*>(reinterpret_cast<const std::byte*>(images.data));
+  if (layer.residual >= 0) rows.residual = view(layer.residual);
+  return rows;
 }
 
 void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
@@ -259,9 +161,14 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
   const Place& out = layout.places[index_of(layer.output)];
   switch (layer.kind) {
     case Kind::image:
+    case Kind::depthwise:
     case Kind::convolution:
     case Kind::separable:
-      return run_product(layer, layout, index, arena, images, worker, part);
+    case Kind::pool: {
+      const Window& window = layout.windows[index];
+      const Range range = share(layout.images * window.out_height, part.index, part.count);
+      return run_rows(layer, window, rows_of(layer, layout, arena, images, {range.begin, range.end - range.begin}), worker);
+    }
     case Kind::load: {
       const Range pixels = share(layout.images * out.height * out.width, part.index, part.count);
       CopyArgs args;
@@ -272,34 +179,6 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
       args.first_pixel = pixels.begin;
       args.pixels = pixels.end - pixels.begin;
       return kernels_->load(args);
-    }
-    case Kind::depthwise: {
-      const Window& window = layout.windows[index];
-      const Range rows = share(layout.images * window.out_height, part.index, part.count);
-      ProducerArgs args = producer_for(layer, layout, index, arena, images, worker);
-      args.first_row = rows.begin;
-      args.rows = rows.end - rows.begin;
-      args.matrix = arena + out.offset + static_cast<std::int64_t>(rows.begin) * window.out_width * kLineBytes;
-      args.matrix_block = out.block;
-      return kernels_->depthwise(args);
-    }
-    case Kind::pool: {
-      const Window& window = layout.windows[index];
-      const Range rows = share(layout.images * window.out_height, part.index, part.count);
-      PoolArgs args;
-      args.window = window;
-      args.input = arena + in.offset;
-      args.input_block = in.block;
-      if (layer.residual >= 0) {
-        args.residual = arena + layout.places[index_of(layer.residual)].offset;
-        args.residual_block = layout.places[index_of(layer.residual)].block;
-      }
-      args.output = arena + out.offset;
-      args.output_block = out.block;
-      args.groups = panels_of(layer.out_channels) * 2;
-      args.first_row = rows.begin;
-      args.rows = rows.end - rows.begin;
-      return kernels_->pool(args);
     }
     case Kind::reduce: {
       const Range groups = share(panels_of(layer.out_channels) * 2, part.index, part.count);
@@ -378,8 +257,11 @@ void Network::run(const Images& images, int value, float* output) {
     Images mine = images;
     mine.data += first * image_size;
     if (mine.beside != nullptr) mine.beside += first * beside_size;
-    for (int i = 0; i < value; ++i) {
-      run_layer(layers_[index_of(i)], layout, index_of(i), arena, mine, worker, part);
+    for (int i = 0; i < value; i = layout.chain_end[index_of(i)] + 1) {
+      if (layout.chain_end[index_of(i)] > i)
+        run_chain(layout, i, arena, mine, worker, part);
+      else
+        run_layer(layers_[index_of(i)], layout, index_of(i), arena, mine, worker, part);
       if (barrier != nullptr) barrier->wait();
     }
   };
@@ -438,7 +320,9 @@ std::vector<double> Network::profile(const Images& images, int value, int repeat
   const std::lock_guard lock(mutex_);
   check(images, value);
   std::vector<double> seconds(index_of(value), std::numeric_limits<double>::infinity());
-  const Layout& layout = layout_for(images, std::max(images.count, 1), value);
+  Images several = images;
+  several.count = std::max(images.count, 1);
+  Layout layout = lay_out(several, value, /*chains=*/false);  // each layer by itself
   Worker& worker = workers_[0];
   reserve(worker, layout, true);
   if (kernels_->begin_thread != nullptr) kernels_->begin_thread();
@@ -450,19 +334,6 @@ std::vector<double> Network::profile(const Images& images, int value, int repeat
     }
   if (kernels_->end_thread != nullptr) kernels_->end_thread();
   return seconds;
-}
-
-void Network::check(const Images& images, int value) const {
-  channels_of(value);
-  if (value == 0) throw std::invalid_argument("value 0 is the image itself");
-  if (static_cast<std::int64_t>(images.height) * images.width > kMaxPixels)
-    throw std::invalid_argument("images of more than 268,435,456 pixels");
-  for (int i = 0; i < value; ++i)
-    if (layers_[index_of(i)].beside && images.beside == nullptr && images.count > 0)
-      throw std::invalid_argument("this network reads a second image, which was not given");
-  Images one = images;
-  one.count = 1;
-  lay_out(one, value);  // refuses what is too small
 }
 
 }  // namespace xception

@@ -69,6 +69,22 @@ struct Layout {
   std::vector<Place> places;
   std::vector<Window> windows;  // a layer
   std::size_t arena_bytes = 0, matrix_bytes = 0, zero_lines = 0;
+  // Layers that are computed together, a few rows at a time, and of each layer the last that it is computed with; where
+  // a layer is not the last, its rows are kept in a band of so many.
+  std::vector<int> chain_end, band_rows;
+  std::size_t band_bytes = 0;
+};
+
+// A value's lines from its row 0 on, or where that would be.
+struct View {
+  std::byte* data = nullptr;
+  std::int64_t block = 0;
+};
+
+// Output rows of a layer, and where its values are.
+struct Rows {
+  View input, output, residual;
+  int first = 0, count = 0;
 };
 
 struct Tensor3 {
@@ -126,7 +142,7 @@ class Network {
 
  private:
   struct Worker {
-    Buffer arena, matrix, zeros, workspace;
+    Buffer arena, matrix, bands, zeros, workspace;
     std::size_t zero_lines = 0;
   };
   struct Part {  // which share of each layer's rows a thread does, of how many
@@ -138,16 +154,20 @@ class Network {
   Layer& add(Kind kind, int input, int out_channels, int residual);
   void pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) const;
   void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
-  Layout lay_out(const Images& images, int value) const;
+  Layout lay_out(const Images& images, int value, bool chains = true) const;
+  void find_chains(Layout& layout, int value) const;
   const Layout& layout_for(Images images, int count, int value);
   void reserve(Worker& worker, const Layout& layout, bool arena);
 
-  ProducerArgs producer_for(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                            const Images& images, const Worker& worker) const;
+  ProducerArgs producer_for(const Layer& layer, const Window& window, const Rows& rows, const Worker& worker) const;
+  void run_product(const Layer& layer, const Window& window, const Rows& rows, Worker& worker) const;
+  void run_rows(const Layer& layer, const Window& window, const Rows& rows, Worker& worker) const;
+  Rows rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images,
+               std::pair<int, int> range) const;
+  void run_chain(const Layout& layout, int begin, std::byte* arena, const Images& images, Worker& worker,
+                 Part part) const;
   void run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena, const Images& images,
                  Worker& worker, Part part) const;
-  void run_product(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                   const Images& images, Worker& worker, Part part) const;
   void fetch(const Layout& layout, int value, std::byte* arena, float* output, Part part) const;
 
   std::string level_;

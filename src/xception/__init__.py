@@ -60,14 +60,15 @@ _NAMES_THERE = {"compile": "compile_model"}  # `compile` is a word of Python's o
 __all__ = ["__version__", "load", *sorted(_HOMES)]
 
 
-def load(source: Any, *, device: str | None = None) -> Predictor:
+def load(source: Any, *, device: str | None = None, **options: Any) -> Predictor:
     """The trained model of a run folder, bundle, public checkpoint file or published name, ready to `predict`.
 
-    Raises `WeightsError` where `source` is none of these.
+    `options` are those of `Predictor.load`: precision, num_threads, backend, fast_decode. Raises `WeightsError` where
+    `source` is none of these.
     """
     from xception.inference.predictor import Predictor
 
-    return Predictor.load(source, device=device)
+    return Predictor.load(source, device=device, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("networks")
     for model, names in (("xception", ["xception", "timm", "onnxruntime"]), ("xception_tf", ["xception", "keras"])):
-        files = {file for name in names if name not in missing([name]) for file in SYSTEMS[name].files}
+        there = [SYSTEMS[name] for name in names if name not in missing([name])]
+        files = {file for system in there for part in (system, *system.variants) for file in part.files}
         write_work(Work(model=model, batch=2, size=SIZE, options=NARROW), root / model, files)
     return root
 
@@ -80,13 +81,16 @@ def test_timm_with_all_its_weights(tmp_path: Path) -> None:
     assert error_of(case_of("timm", "eager", batch=1, size=71), tmp_path) < 1e-4
 
 
-def test_onnx_runtime(folder: Path) -> None:
-    assert error_of(case_of("onnxruntime", "cpu"), folder) < 1e-4
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_onnx_runtime(folder: Path, precision: str) -> None:
+    case = case_of("onnxruntime", "cpu", precision=precision)
+    assert error_of(case, folder) < ERROR_BOUNDS[case.precision] / 2
 
 
 @pytest.mark.parametrize("variant", ["async", "async-batch", "sync"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 def test_openvino(folder: Path, variant: str, precision: str) -> None:
+    pytest.importorskip("onnxruntime")  # for whose tests the files were written
     case = case_of("openvino", variant, precision=precision)
     assert error_of(case, folder) < ERROR_BOUNDS[case.precision] / 2
 
@@ -233,7 +237,7 @@ def test_what_is_not_installed_is_named(run_of_fakes: Any, monkeypatch: pytest.M
     assert "not installed: onnxruntime (it needs onnxruntime)" in said
     assert "not installed: timm (it needs timm)" in said
     assert {line["system"] for line in told} == {"xception"}
-    assert missing(["keras"]) == {"keras tensorflow": "tensorflow"}
+    assert missing(["keras"]) == {f"keras tensorflow, {kind}": "tensorflow" for kind in ("fp32", "bf16")}
 
 
 def test_a_process_that_dies_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

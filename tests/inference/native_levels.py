@@ -33,6 +33,6 @@ LEVELS = kernel_levels()
 TOLERANCE = {"fp32": 2e-6, "bf16": 1.2e-2, "fp16": 1.5e-3}
 
 
-def network(level: str, kind: str, channels: int, threads: int = 1) -> native.Network:
+def network(level: str, kind: str, channels: int, threads: int = 1, latency: bool = False) -> native.Network:
     """An empty network for these kernels."""
-    return native.Network(level, kind, channels, threads)
+    return native.Network(level, kind, channels, threads, latency=latency)

@@ -116,6 +116,35 @@ def test_every_level(level: str, kind: str, case: str) -> None:
         close(torch.from_numpy(output)[:, 0, 0], expected, kind)
 
 
+# Plain code takes its time for them.
+QUICK_LEVELS = [pair for pair in LEVELS if pair[0] not in ("scalar", "amx_emulated")] or LEVELS[:1]
+
+
+@pytest.mark.parametrize(("level", "kind"), QUICK_LEVELS)
+@pytest.mark.parametrize("name", ["xception", "xception41"])
+def test_large_maps(name: str, level: str, kind: str) -> None:
+    """Of a size at which layers are computed a few rows at a time, together; alone and shared by threads alike."""
+    options: dict[str, Any] = NARROW if name == "xception" else {"middle_modules": 1, "num_classes": 5}
+    model = model_of(name, options)
+    x = images(model, 2, 233, 290)
+    with torch.no_grad():
+        expected = model(x)
+    batch = np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
+    results, arenas = [], []
+    for threads, latency in ((1, False), (3, True)):
+        net = network(level, kind, 3, threads, latency)
+        value = lower(model, net).logits
+        assert value is not None
+        output = np.full((2, *net.shape(value, 233, 290)), np.nan, np.float32)
+        net.run(batch, value, output)
+        results.append(torch.from_numpy(output)[:, 0, 0])
+        arenas.append(net.arena_bytes)
+        close(results[-1], expected, kind)
+    assert torch.equal(results[0], results[1])
+    largest = 116 * 144 * 64 * (4 if kind == "fp32" else 2)  # one map of the first module
+    assert arenas[0] < 4 * largest
+
+
 @pytest.mark.parametrize("case", UNCOVERED)
 def test_what_is_not_covered_runs_in_torch_and_says_so(case: str) -> None:
     name, options, reason = UNCOVERED[case]
@@ -225,6 +254,22 @@ print("well")
 def test_after_a_fork() -> None:
     done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120)
     assert done.stdout == "well\n", done.stderr
+
+
+def test_hooks_and_derived_classes_are_not_passed_over() -> None:
+    model = model_of("xception", NARROW)
+    hook = model.middle_flow.register_forward_hook(lambda *_: None)  # type: ignore[union-attr, operator]
+    assert xception.compile(model).reason == "forward hooks"
+    hook.remove()
+    assert xception.compile(model).backend == "native"
+
+    class Doubled(type(model)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = super().forward(x)
+            return 2 * logits
+
+    model.__class__ = Doubled
+    assert xception.compile(model).reason == "Doubled is no Xception"
 
 
 def test_the_reference_backend_is_obeyed(narrow: nn.Module) -> None:

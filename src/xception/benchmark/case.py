@@ -62,12 +62,13 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to run a system, and the packages that it needs besides the system's own."""
+    """One way to run a system, and the packages and files that it needs besides the system's own."""
 
     name: str
     precision: Precision
     modes: tuple[Mode, ...] = MODES
     needs: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ def missing(systems: Iterable[str]) -> dict[str, str]:
             continue
         for variant in system.variants:
             if absent := [package for package in variant.needs if not installed(package)]:
-                lacking[f"{name} {variant.name}"] = absent[0]
+                lacking[f"{name} {variant.name}, {variant.precision}"] = absent[0]
     return lacking
 
 
@@ -125,7 +125,9 @@ def cases_of(settings: Settings, precisions: Sequence[Precision], mode: Mode) ->
                     threads=settings.threads,
                 )
                 for variant in SYSTEMS[name].variants
-                if variant.precision in precisions and mode in variant.modes and f"{name} {variant.name}" not in absent
+                if variant.precision in precisions
+                and mode in variant.modes
+                and f"{name} {variant.name}, {variant.precision}" not in absent
             ]
     if not cases:
         return []
@@ -232,7 +234,13 @@ class Run:
         works: dict[str, Work] = {}
         for model in dict.fromkeys(case.model for case in cases if case.system != MACHINE):
             systems = {name for name in self.settings.systems if not missing([name]).get(name)}
-            files = {file for name in systems if _takes(SYSTEMS[name], model) for file in SYSTEMS[name].files}
+            files: set[str] = set()
+            for system in (SYSTEMS[name] for name in systems if _takes(SYSTEMS[name], model)):
+                files.update(system.files)
+                for variant in system.variants:
+                    lacks = f"{system.name} {variant.name}, {variant.precision}" in missing([system.name])
+                    if variant.precision in self.settings.precisions and not lacks:
+                        files.update(variant.files)
             works[model] = Work(
                 model=model, batch=self.settings.batch, size=self.settings.size, options=self.settings.options
             )

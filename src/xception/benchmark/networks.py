@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ from xception.weights.keras_write import write_keras
 from xception.weights.torch_write import write_torch
 
 BUNDLE, TIMM, ONNX, KERAS = "network.safetensors", "timm.safetensors", "network.onnx", "network.keras"
+INT8 = "network.int8.onnx"
+CALIBRATION = 8
+"""Batches of two images that activations are ranged by."""
+
 IMAGES, EXPECTED = "images.npy", "expected.npy"
 
 
@@ -105,6 +111,8 @@ def write_work(work: Work, folder: Path, files: set[str]) -> None:
         write_keras(folder / KERAS, model, info, "keras")
     if ONNX in files:
         _write_onnx(folder, work, model)
+    if INT8 in files:
+        _write_int8(folder, work)
 
 
 def torch_network(folder: Path, case_model: str) -> nn.Module:
@@ -140,3 +148,24 @@ def _write_onnx(folder: Path, work: Work, ours: nn.Module) -> None:
         except torch.onnx.OnnxExporterError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{work.model} cannot be written as ONNX at {work.size} pixels: {reason}") from error
+
+
+def _write_int8(folder: Path, work: Work) -> None:
+    """The ONNX file in 8-bit integers, by ONNX Runtime: weights by channel, activations by other images' ranges."""
+    tools: Any = import_module("onnxruntime.quantization")
+    shapes: Any = import_module("onnxruntime.quantization.shape_inference")
+
+    class Pictures(tools.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = [pictures(2, work.size, seed=100 + seed) for seed in range(CALIBRATION)]
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            return {"images": self.left.pop()} if self.left else None
+
+    folded = folder / "folded.onnx"  # normalisations into convolutions, which are quantised then
+    logging.disable(logging.WARNING)
+    try:
+        shapes.quant_pre_process(folder / ONNX, folded, skip_symbolic_shape=True)
+        tools.quantize_static(folded, folder / INT8, Pictures(), per_channel=True)
+    finally:
+        logging.disable(logging.NOTSET)

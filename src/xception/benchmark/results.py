@@ -9,9 +9,10 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from xception.errors import ConfigError
+from xception.weights.files import atomic_write
 
 FOLDER = Path("benchmarks", "results")
 PATTERN = "inference*.jsonl"
@@ -20,11 +21,14 @@ BEGIN, END = "<!-- benchmark:inference -->", "<!-- /benchmark:inference -->"
 Line = Mapping[str, Any]
 
 
-def write_lines(path: Path, lines: Iterable[Line]) -> None:
-    """Write `lines` to `path`, whose folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_lines(path: str | Path, lines: Iterable[Line]) -> None:
+    """Write `lines` to `path` in one step. Raises `WeightsError` where it cannot be written."""
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(text.encode("ascii"))
+
+    atomic_write(path, write)
 
 
 def read_lines(path: Path) -> tuple[Line, list[Line]]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from xception.cli.output import json_line, printable, table
-from xception.errors import ConfigError
 
 if TYPE_CHECKING:
     from xception.benchmark.inference import Settings
@@ -57,9 +55,6 @@ class Benchmark:
         from xception.benchmark.inference import Run, Settings
         from xception.benchmark.machine import describe, usable_cores
 
-        out = None if self.out is None else Path(self.out)
-        if out is not None and (out.is_dir() or out.absolute().parent.is_file()):
-            raise ConfigError(f"--out: cannot write {out}")
         settings = Settings(
             models=self.model,
             size=self.size,
@@ -70,15 +65,19 @@ class Benchmark:
             modes=("throughput", "latency") if self.mode == "both" else (self.mode,),
             systems=self.systems,
         )
+        if self.out is not None:
+            from xception.weights.files import check_writable
+
+            check_writable(self.out)
         machine = {"system": "machine", **describe(settings.threads)}
         run = Run(settings=settings, tell=self._tell, say=_say)
         lines = run()
         if self.scaling:
             lines += self._grow(run, settings, lines)
-        if out is not None:
+        if self.out is not None:
             from xception.benchmark.results import write_lines
 
-            write_lines(out, [machine, *lines])
+            write_lines(self.out, [machine, *lines])
         if not self.json:
             rows = [_row(line) for line in lines if "error" not in line]
             print(table(_COLUMNS, rows) if rows else "nothing was measured")

@@ -43,9 +43,12 @@ class Outputs:
 
 def lower(model: nn.Module, network: Network) -> Outputs:
     """Add the layers of `model`, in eval mode, to `network`. Raises `Uncovered`."""
-    if isinstance(model, Xception):
+    # A class derived from these, or a hook, may compute something else: neither is passed over.
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        raise Uncovered("forward hooks")
+    if type(model) is Xception:
         features = _xception(model, network)
-    elif isinstance(model, XceptionAligned):
+    elif type(model) is XceptionAligned:
         features = _aligned(model, network)
     else:
         raise Uncovered(f"{type(model).__name__} is no Xception")

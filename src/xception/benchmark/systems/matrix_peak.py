@@ -1,8 +1,9 @@
 """The machine itself: the product of two square matrices, whose speed stands for the limit of the matrix units.
 
 Each visit takes the fastest single call of torch's product, torch's 1x1 convolution (which is one too, by another
-library) and, in fp32, numpy's, at several sizes: each is slow on some processors. It is what libraries reach, not what the processor could:
-on AMD's with AVX-512 their fp32 products use half of its width, and a share of this peak can be above 1.
+library) and, in fp32, numpy's, at several sizes: each is slow on some processors. It is what libraries reach, not what
+the processor could: on AMD's with AVX-512 their fp32 products use half of its width, and a share of this peak can be
+above 1.
 """
 
 from __future__ import annotations

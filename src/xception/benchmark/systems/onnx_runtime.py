@@ -12,7 +12,7 @@ from xception.benchmark.case import Case, Loaded, System, Variant
 
 
 def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
-    from xception.benchmark.networks import ONNX
+    from xception.benchmark.networks import INT8, ONNX
 
     runtime: Any = import_module("onnxruntime")
     options = runtime.SessionOptions()
@@ -20,7 +20,8 @@ def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
     options.add_free_dimension_override_by_name("batch", len(images))
-    session = runtime.InferenceSession(folder / ONNX, options, providers=["CPUExecutionProvider"])
+    file = folder / (INT8 if case.precision == "int8" else ONNX)
+    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: images}
     return Loaded(
         call=lambda: session.run(None, inputs),
@@ -34,6 +35,9 @@ SYSTEM = System(
     needs=("onnxruntime",),
     exports=("onnx", "onnxscript"),
     files=("network.onnx",),
-    variants=(Variant(name="cpu", precision="fp32"),),
+    variants=(
+        Variant(name="cpu", precision="fp32"),
+        Variant(name="cpu", precision="int8", files=("network.int8.onnx",)),
+    ),
     load=load,
 )

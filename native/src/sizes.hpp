@@ -1,0 +1,28 @@
+// Small sums that several files need, and how memory is laid out for kernels.
+#pragma once
+
+#include "kernels.hpp"
+
+namespace xception {
+
+// The matrix of one strip: it should stay in a core's second-level cache beside a panel of weights.
+inline constexpr std::int64_t kMatrixBytes = 256 << 10;
+// Tiles read whole: up to 31 lines behind the last pixel.
+inline constexpr std::size_t kSlack = 32 * kLineBytes;
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr std::size_t index_of(int i) { return static_cast<std::size_t>(i); }
+constexpr int panels_of(int channels) { return ceil_div(channels, kPanel); }
+
+// Blocks of lines whose distance is a multiple of a page would fight for the same cache sets.
+constexpr std::int64_t spread(std::int64_t bytes) { return bytes % 1024 == 0 ? bytes + kLineBytes : bytes; }
+
+struct Range {
+  int begin, end;
+};
+constexpr Range share(int total, int index, int count) {
+  return {static_cast<int>(static_cast<std::int64_t>(total) * index / count),
+          static_cast<int>(static_cast<std::int64_t>(total) * (index + 1) / count)};
+}
+
+}  // namespace xception

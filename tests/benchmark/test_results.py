@@ -1,0 +1,107 @@
+"""Result files and the README's table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xception.benchmark.results import BEGIN, END, FOLDER, PATTERN, main, read_lines, table, with_table, write_lines
+from xception.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+MACHINE: dict[str, Any] = {
+    "system": "machine", "cpu": "A CPU", "features": ["avx2", "avx512"], "threads": 2, "date": "2026-11-22",
+    "commit": "abc", "versions": {"xception": "0.1.0", "timm": None, "openvino": "2026.4.1"},
+}  # fmt: skip
+
+
+def line(system: str, **changed: Any) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "system": system, "variant": "sync", "precision": "bf16", "mode": "throughput", "model": "xception", "batch": 8,
+        "size": 299, "threads": 2, "images_per_second": 40.0, "latency_ms": 200.0, "ratio_to_best_peer": None,
+        "best_peer": None, "logit_error": 0.0123,
+    }  # fmt: skip
+    return {**about, **changed}
+
+
+OURS = line(
+    "xception", variant="compiled", images_per_second=81.24, ratio_to_best_peer=2.031, best_peer="openvino sync, bf16"
+)
+FP16 = line(
+    "xception", precision="fp16", images_per_second=90.0, ratio_to_best_half_precision_peer=2.2,
+    best_half_precision_peer="openvino sync, bf16", logit_error=0.002,
+)  # fmt: skip
+LATENCY = line("xception", mode="latency", batch=1, latency_ms=13.04)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / FOLDER
+    place.mkdir(parents=True)
+    scaled = {**OURS, "scaling": "batch", "batch": 16}
+    failed = {"system": "xception", "error": "it crashed", "model": "xception"}
+    lines = [MACHINE, OURS, FP16, LATENCY, line("openvino"), line("timm", images_per_second=9.0), scaled, failed]
+    write_lines(place / "inference-a.jsonl", lines)
+    return place
+
+
+def test_lines_come_back(folder: Path) -> None:
+    machine, cases = read_lines(folder / "inference-a.jsonl")
+    assert machine == MACHINE
+    assert cases[0] == OURS
+    assert len(cases) == 7
+
+
+def test_the_table_has_a_row_for_each_of_ours(folder: Path) -> None:
+    rows = table(folder).splitlines()
+    what, peer = "| `xception`, 299 pixels |", "40.0 images/s (openvino sync, bf16)"
+    assert rows[2:5] == [
+        f"{what} bf16 | throughput, batch 8 | 81.2 images/s | {peer} | 2.03 | 1.2e-02 |",
+        f"{what} fp16 | throughput, batch 8 | 90.0 images/s | {peer} | 2.20 | 2.0e-03 |",
+        f"{what} bf16 | latency, batch 1 | 13.0 ms | none |  | 1.2e-02 |",
+    ]
+    assert rows[6] == (
+        "A CPU (avx2, avx512), 2 threads; xception 0.1.0, openvino 2026.4.1; 2026-11-22, "
+        "`benchmarks/results/inference-a.jsonl`."
+    )
+
+
+def test_every_machine_has_its_part(folder: Path) -> None:
+    (folder / "inference-b.jsonl").write_text("\n".join(map(json.dumps, [{**MACHINE, "cpu": "Another"}, OURS])))
+    made = table(folder)
+    assert made.index("A CPU") < made.index("Another")
+    assert made.count("| network |") == 2
+
+
+def test_the_table_goes_between_its_marks(folder: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# x\n\n{BEGIN}\nold\n{END}\n\nrest\n")
+    main([str(readme)])
+    text = readme.read_text()
+    assert text.startswith(f"# x\n\n{BEGIN}\n| network |")
+    assert text.endswith(f".jsonl`.\n{END}\n\nrest\n")
+    assert "old" not in text
+    main([str(readme)])
+    assert readme.read_text() == text
+    with pytest.raises(ConfigError, match="benchmark:inference"):
+        with_table("no marks", "table")
+
+
+@pytest.mark.parametrize("content", ["", "no json", "[1]\n", '{"system": "xception"}\n'])
+def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "inference.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=r"inference\.jsonl: expected"):
+        table(tmp_path)
+    with pytest.raises(ConfigError, match="to make a table of"):
+        table(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
+def test_the_readme_is_current(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if not list((ROOT / FOLDER).glob(PATTERN)) or (BEGIN not in text and name != "README.md"):
+        pytest.skip("no results, or no table in this document")
+    assert with_table(text, table(ROOT / FOLDER)) == text, f"run: python -m xception.benchmark.results {name}"
