@@ -200,10 +200,10 @@ void bind_network(nb::module_& m) {
       .def(
           "profile",
           [](Network& n, const Floats<4>& images, int value, int repeats) {
-            const xception::Images given = images_of(n, images, std::nullopt);
-            if (given.count > 4096) throw std::invalid_argument("expected at most 4,096 images");
+            const xception::Images wanted = images_of(n, images, std::nullopt);
+            if (wanted.count > 4096) throw std::invalid_argument("expected at most 4,096 images");
             const nb::gil_scoped_release release;
-            return n.profile(given, value, repeats);
+            return n.profile(wanted, value, repeats);
           },
           nb::arg("images").noconvert(), "value"_a, "repeats"_a = 5,
           "Seconds that each layer up to `value` takes one thread for these images: the least of `repeats`.")

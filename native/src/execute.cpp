@@ -147,7 +147,11 @@ Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena
     const Place& place = layout.places[index_of(value)];
     return View{arena + place.offset, place.block};
   };
-  Rows rows{.input = view(layer.input), .output = view(layer.output), .first = range.first, .count = range.second};
+  Rows rows;
+  rows.input = view(layer.input);
+  rows.output = view(layer.output);
+  rows.first = range.first;
+  rows.count = range.second;
   // The image is only read.
   if (layer.kind == Kind::image)
     rows.input.data = const_cast<std::byte*>(reinterpret_cast<const std::byte*>(images.data));
