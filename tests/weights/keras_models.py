@@ -101,12 +101,13 @@ def keras_logits(model: Any, x: Tensor) -> Tensor:
 
 
 def assert_equal_numbers(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> float:
-    """The largest difference, relative to the largest number; they must differ from image to image to count."""
+    """The largest difference, relative to the largest number; it must be small beside what an image changes, too."""
     assert got.shape == expected.shape
     scale = expected.abs().max().item()
-    assert expected.std(dim=0).max().item() > 1e-3 * scale, "the numbers hardly depend on the image"
+    spread = expected.std(dim=0).max().item() / scale
+    assert spread > 1e-4, f"the numbers hardly depend on the image: {spread:.2g}"
     difference = (got - expected).abs().max().item() / scale
-    assert difference <= tolerance, difference
+    assert difference <= min(tolerance, spread / 10), (difference, spread)
     return difference
 
 
