@@ -63,10 +63,12 @@ def test_both_readmes_have_the_same_blocks_and_figures() -> None:
     assert figures[0] == figures[1]
 
 
-def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("README.md", "python")
-    exec(compile(code, "README.md", "exec"), {})
+    codes = blocks("README.md", "python")
+    assert len(codes) == 2
+    for code in codes:
+        exec(compile(code, "README.md", "exec"), {})
 
 
 def test_the_command_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
