@@ -118,7 +118,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padd
     if _is_native(x, weight, bias) and _has_kernels(x, weight, stride, padding, dilation):
         key = ("depthwise", stride, padding, dilation)
         return _NETWORKS.run(x, (weight, bias), key, lambda network: _add_depthwise(network, weight, bias, *key[1:]))
-    y = reference.depthwise_conv2d(x, weight, bias, stride=stride, padding=_word(padding), dilation=dilation)
+    y = _depthwise_definition(x, weight, bias, stride, padding, dilation)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -163,20 +163,8 @@ def _separable(
             )
 
         return _NETWORKS.run(x, (depthwise, pointwise, bias), key, build, beside=residual)
-    y = reference.separable_conv2d(
-        x,
-        depthwise,
-        pointwise,
-        bias,
-        stride=stride,
-        padding=_word(padding),
-        dilation=dilation,
-        order=order,  # type: ignore[arg-type]
-        input_relu=input_relu,
-        intermediate_activation=intermediate_activation,  # type: ignore[arg-type]
-        residual=residual,
-        output_activation=output_activation,  # type: ignore[arg-type]
-    )
+    arguments = (x, depthwise, pointwise, bias, residual, stride, padding, dilation)
+    y = _separable_definition(*arguments, order, input_relu, intermediate_activation, output_activation)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -251,10 +239,10 @@ def _separable_definition(
     stride: int,
     padding: int,
     dilation: int,
-    order: Order,
+    order: str,
     input_relu: bool,
-    intermediate_activation: Activation,
-    output_activation: Activation,
+    intermediate_activation: str,
+    output_activation: str,
 ) -> Tensor:
     return reference.separable_conv2d(
         x,
@@ -264,11 +252,11 @@ def _separable_definition(
         stride=stride,
         padding=_word(padding),
         dilation=dilation,
-        order=order,
+        order=order,  # type: ignore[arg-type]
         input_relu=input_relu,
-        intermediate_activation=intermediate_activation,
+        intermediate_activation=intermediate_activation,  # type: ignore[arg-type]
         residual=residual,
-        output_activation=output_activation,
+        output_activation=output_activation,  # type: ignore[arg-type]
     )
 
 
