@@ -114,8 +114,10 @@ class CompiledModel:
         """The native network; or why there is none."""
         if backend == "torch":
             return "asked for"
-        if machine.active_backend() != "native":
-            return "the backend is set to 'reference'" if machine.native_available() else machine.describe()
+        if not machine.native_available():
+            return machine.describe()
+        if backend == "auto" and machine.active_backend() != "native":
+            return "the backend is set to 'reference'"
         latency = self.mode == "latency"
         network = machine.new_network(self.precision, self.in_channels, self.num_threads, latency=latency)
         try:
