@@ -33,7 +33,7 @@ def write_fashion(folder: Path, packed: bool = False, train: int = 60, test: int
         for name, values in (("images-idx3", images), ("labels-idx1", labels)):
             path = folder / f"{stem}-{name}-ubyte"
             if packed:
-                path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx(values)))
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx(values), mtime=0))
             else:
                 path.write_bytes(idx(values))
     return kept[0], kept[1]
@@ -154,9 +154,9 @@ LABELS = (np.arange(60) % 10).astype(np.uint8)
         ("train-images-idx3-ubyte", idx(LABELS), "not an IDX file"),
         ("train-images-idx3-ubyte", b"", "not an IDX file"),
         ("train-images-idx3-ubyte", bytes([0, 0, 8, 3]) + struct.pack(">III", 2**31, 2**31, 2**31), "truncated"),
-        ("train-images-idx3-ubyte", gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12), "truncated"),
-        ("train-labels-idx1-ubyte", gzip.compress(idx(LABELS))[:-9], "cannot be read"),
-        ("train-labels-idx1-ubyte", gzip.compress(idx(LABELS))[:-6] + b"123456", "cannot be read"),
+        ("train-images-idx3-ubyte", gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12, mtime=0), "truncated"),
+        ("train-labels-idx1-ubyte", gzip.compress(idx(LABELS), mtime=0)[:-9], "cannot be read"),
+        ("train-labels-idx1-ubyte", gzip.compress(idx(LABELS), mtime=0)[:-6] + b"123456", "cannot be read"),
         ("train-labels-idx1-ubyte", b"\x1f\x8b" + bytes(90), "cannot be read"),
     ],
 )
@@ -174,14 +174,14 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, data: bytes | None
 def test_idx_files_of_any_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     (tmp_path / "plain").write_bytes(idx(values))
-    (tmp_path / "packed").write_bytes(gzip.compress(idx(values)))
+    (tmp_path / "packed").write_bytes(gzip.compress(idx(values), mtime=0))
     for name in ("plain", "packed"):
         assert np.array_equal(read_idx(str(tmp_path / name), dimensions=len(shape)), values)
 
 
 def test_every_truncation_of_an_idx_file_is_noticed(tmp_path: Path) -> None:
     data = idx(LABELS)
-    for cut in (data, gzip.compress(data)):
+    for cut in (data, gzip.compress(data, mtime=0)):
         for size in range(len(cut)):
             (tmp_path / "file").write_bytes(cut[:size])
             with pytest.raises(DataError):
