@@ -276,7 +276,6 @@ def test_verify_a_pytorch_file(theirs: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_verify_a_keras_file(narrow: Path, told: Told) -> None:
-    pytest.importorskip("keras")
     told("narrow.safetensors", "theirs.keras")
     found = told("theirs.keras", "m.safetensors", "--verify")["verified"]
     assert found["framework"].startswith("keras 3.")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from xception.data import builtin
 from xception.data.builtin import read_idx
@@ -40,8 +41,7 @@ def write_fashion(folder: Path, packed: bool = False, train: int = 60, test: int
 
 
 def test_digits_are_those_of_scikit_learn() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
-    reference = datasets.load_digits()
+    reference = load_digits()
     split = open_source("digits", val_fraction=0, test_fraction=0).splits["train"]
     pixels = np.stack([split.image(index)[..., 0] for index in range(len(split))])
     assert np.array_equal(pixels, np.floor(reference.images * 255 / 16 + 0.5))

@@ -207,7 +207,7 @@ def copy_weights(source: nn.Module, target: nn.Module, modules: Mapping[str, str
     theirs, ours = source.state_dict(), {}
     for our_module, their_module in modules.items():
         for name in [n for n in theirs if n.startswith(f"{their_module}.")]:
-            tail = name.removeprefix(f"{their_module}.").replace("bn.", "norm.")
+            tail = name.removeprefix(f"{their_module}.")
             ours[f"{our_module}.{tail}"] = theirs.pop(name)
     assert not theirs, sorted(theirs)
     target.load_state_dict(ours, strict=True)

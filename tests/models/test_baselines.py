@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xception.errors import ConfigError
-from xception.models.baselines import BaselineConfig, TorchvisionBaseline, library_entry
+from xception.models.baselines import BaselineConfig, TorchvisionBaseline, baseline_entry
 from xception.models.registry import build, config_from_dict, create_model, describe, get_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:timm")
@@ -82,7 +82,6 @@ def test_feature_info_comes_from_the_network() -> None:
 
 
 def test_any_network_of_the_libraries_has_a_name() -> None:
-    pytest.importorskip("timm")
     for name, parameters in (("torchvision/resnet18", 11_689_512), ("timm/resnet18", 11_689_512)):
         description = describe(name)
         assert description.name == name
@@ -98,8 +97,6 @@ def test_any_network_of_the_libraries_has_a_name() -> None:
 
 @pytest.mark.parametrize("name", ["torchvision/vit_b_32", "timm/vit_tiny_patch16_224"])
 def test_networks_of_one_size_say_so(name: str) -> None:
-    if name.startswith("timm"):
-        pytest.importorskip("timm")
     model = create_model(name, num_classes=4)
     assert model.config.fixed_size
     with pytest.raises(ConfigError, match="exactly 224x224 pixels, got 224x256"):
@@ -119,8 +116,6 @@ def test_networks_of_one_size_say_so(name: str) -> None:
     ],
 )
 def test_unknown_networks_are_refused(name: str, message: str) -> None:
-    if name.startswith("timm"):
-        pytest.importorskip("timm")
     with pytest.raises(ConfigError, match=message) as caught:
         create_model(name)
     assert len(str(caught.value)) < 300
@@ -128,7 +123,7 @@ def test_unknown_networks_are_refused(name: str, message: str) -> None:
 
 def test_a_missing_timm_is_answered_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    library_entry.cache_clear()
+    baseline_entry.cache_clear()
     for name in ("inception_resnet_v2", "timm/resnet18"):
         with pytest.raises(ConfigError, match=r"needs timm: pip install 'xception\[hub\]'"):
             create_model(name)

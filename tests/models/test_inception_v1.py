@@ -29,6 +29,7 @@ from xception.errors import ConfigError
 from xception.models.entry import ModelEntry
 from xception.models.inception_layers import Conv, Layer, pool_to_grid
 from xception.models.inception_v1 import ENTRIES, WIDTHS, InceptionV1Config, stages
+from xception.weights.names_inception import googlenet_names
 
 PAPER, TORCHVISION = ENTRIES
 
@@ -189,31 +190,13 @@ def test_bad_settings_are_refused_by_name(option: str, value: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-def torchvision_names() -> dict[str, str]:
-    """Our module -> torchvision's, for every module with weights."""
-    names = {"features.conv_1": "conv1", "features.conv_2_reduce": "conv2", "features.conv_2": "conv3"}
-    for name in WIDTHS:
-        ours, theirs = f"features.{name}", name.replace("_", "")
-        names[f"{ours}.branch_1x1.0"] = f"{theirs}.branch1"
-        names[f"{ours}.branch_3x3.0"] = f"{theirs}.branch2.0"
-        names[f"{ours}.branch_3x3.1"] = f"{theirs}.branch2.1"
-        names[f"{ours}.branch_5x5.0"] = f"{theirs}.branch3.0"
-        names[f"{ours}.branch_5x5.1"] = f"{theirs}.branch3.1"
-        names[f"{ours}.branch_pool.1"] = f"{theirs}.branch4.1"
-    for ours, theirs in (("inception_4a", "aux1"), ("inception_4d", "aux2")):
-        names[f"auxiliary.{ours}.conv"] = f"{theirs}.conv"
-        names[f"auxiliary.{ours}.hidden"] = f"{theirs}.fc1"
-        names[f"auxiliary.{ours}.linear"] = f"{theirs}.fc2"
-    return {**names, "classifier.linear": "fc"}
-
-
 def test_parity_with_torchvision() -> None:
     theirs = torchvision.models.googlenet(
         weights=None, aux_logits=True, transform_input=False, init_weights=False, num_classes=50
     )
     randomise(theirs)
     ours = network(TORCHVISION, num_classes=50)
-    copy_weights(theirs, ours, torchvision_names())
+    copy_weights(theirs, ours, {**googlenet_names(ours.config), "classifier.linear": "fc"})
     theirs, ours = theirs.double().eval(), ours.double()
     seen = captured(theirs, "inception4a", "inception4d")
     with torch.no_grad():

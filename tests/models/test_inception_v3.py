@@ -30,6 +30,7 @@ from xception.errors import ConfigError
 from xception.models.entry import ModelEntry
 from xception.models.inception_v3 import ENTRIES, InceptionV3, InceptionV3Config
 from xception.models.layers import ConvNorm
+from xception.weights.names_inception import inception_v3_names
 
 KERAS, KERAS_2016, TORCHVISION = ENTRIES
 
@@ -144,79 +145,9 @@ def test_bad_settings_are_refused_by_name(option: str, value: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-# Our module -> theirs (torchvision's and timm's names are the same), kind of module by kind.
-STEM = {
-    "conv_1a": "Conv2d_1a_3x3",
-    "conv_2a": "Conv2d_2a_3x3",
-    "conv_2b": "Conv2d_2b_3x3",
-    "conv_3b": "Conv2d_3b_1x1",
-    "conv_4a": "Conv2d_4a_3x3",
-}
-GRID_35 = {
-    "branch_1x1.0": "branch1x1",
-    "branch_5x5.0": "branch5x5_1",
-    "branch_5x5.1": "branch5x5_2",
-    "branch_3x3_double.0": "branch3x3dbl_1",
-    "branch_3x3_double.1": "branch3x3dbl_2",
-    "branch_3x3_double.2": "branch3x3dbl_3",
-    "branch_pool.1": "branch_pool",
-}
-TO_17 = {
-    "branch_3x3.0": "branch3x3",
-    "branch_3x3_double.0": "branch3x3dbl_1",
-    "branch_3x3_double.1": "branch3x3dbl_2",
-    "branch_3x3_double.2": "branch3x3dbl_3",
-}
-GRID_17 = {
-    "branch_1x1.0": "branch1x1",
-    "branch_7x7.0": "branch7x7_1",
-    "branch_7x7.1": "branch7x7_2",
-    "branch_7x7.2": "branch7x7_3",
-    "branch_7x7_double.0": "branch7x7dbl_1",
-    "branch_7x7_double.1": "branch7x7dbl_2",
-    "branch_7x7_double.2": "branch7x7dbl_3",
-    "branch_7x7_double.3": "branch7x7dbl_4",
-    "branch_7x7_double.4": "branch7x7dbl_5",
-    "branch_pool.1": "branch_pool",
-}
-TO_8 = {
-    "branch_3x3.0": "branch3x3_1",
-    "branch_3x3.1": "branch3x3_2",
-    "branch_7x7.0": "branch7x7x3_1",
-    "branch_7x7.1": "branch7x7x3_2",
-    "branch_7x7.2": "branch7x7x3_3",
-    "branch_7x7.3": "branch7x7x3_4",
-}
-GRID_8 = {
-    "branch_1x1.0": "branch1x1",
-    "branch_3x3.0": "branch3x3_1",
-    "branch_3x3.1.branch_1x3.0": "branch3x3_2a",
-    "branch_3x3.1.branch_3x1.0": "branch3x3_2b",
-    "branch_3x3_double.0": "branch3x3dbl_1",
-    "branch_3x3_double.1": "branch3x3dbl_2",
-    "branch_3x3_double.2.branch_1x3.0": "branch3x3dbl_3a",
-    "branch_3x3_double.2.branch_3x1.0": "branch3x3dbl_3b",
-    "branch_pool.1": "branch_pool",
-}
-STAGES = {
-    **dict.fromkeys(("5b", "5c", "5d"), GRID_35),
-    "6a": TO_17,
-    **dict.fromkeys(("6b", "6c", "6d", "6e"), GRID_17),
-    "7a": TO_8,
-    **dict.fromkeys(("7b", "7c"), GRID_8),
-}
-NAMES = {
-    **{f"features.{ours}": theirs for ours, theirs in STEM.items()},
-    **{
-        f"features.mixed_{stage}.{ours}": f"Mixed_{stage}.{theirs}"
-        for stage, branches in STAGES.items()
-        for ours, theirs in branches.items()
-    },
-    "auxiliary.mixed_6e.conv": "AuxLogits.conv0",
-    "auxiliary.mixed_6e.fully_connected": "AuxLogits.conv1",
-    "auxiliary.mixed_6e.classifier.linear": "AuxLogits.fc",
-    "classifier.linear": "fc",
-}
+def names(ours: InceptionV3) -> dict[str, str]:
+    """Our module -> theirs (torchvision's and timm's names are the same)."""
+    return {**inception_v3_names(ours.config), "classifier.linear": "fc"}
 
 
 def test_parity_with_torchvision() -> None:
@@ -225,7 +156,7 @@ def test_parity_with_torchvision() -> None:
     )
     randomise(theirs)
     ours = network(TORCHVISION, num_classes=50)
-    copy_weights(theirs, ours, NAMES)
+    copy_weights(theirs, ours, names(ours))
     theirs, ours = theirs.double().eval(), ours.double()
     seen = captured(theirs, "Mixed_6e")
     with torch.no_grad():
@@ -241,8 +172,7 @@ def test_parity_with_timm() -> None:
     theirs = timm.create_model("inception_v3", pretrained=False, num_classes=20)
     randomise(theirs)
     ours = network(TORCHVISION, num_classes=20, auxiliary=False)
-    main = {name: other for name, other in NAMES.items() if not name.startswith("auxiliary.")}
-    copy_weights(theirs, ours, main)
+    copy_weights(theirs, ours, names(ours))
     tf = InceptionV3(replace(ours.config, numerics="tf"))
     tf.load_state_dict(ours.state_dict())
     with torch.no_grad():

@@ -41,8 +41,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:timm")
 @pytest.fixture(scope="module", params=NAMES)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """Each named network with 7 classes in evaluation mode; the tests that use it come one network at a time."""
-    if request.param == "inception_resnet_v2":
-        pytest.importorskip("timm")
     torch.manual_seed(0)
     return create_model(request.param, num_classes=7).eval()
 

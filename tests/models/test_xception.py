@@ -13,6 +13,7 @@ from xception.errors import ConfigError
 from xception.models.cost import without_storage
 from xception.models.layers import ConvNorm, SegmentedConv2d, SeparableConv2d
 from xception.models.xception import SMALL, Xception, XceptionBlock, XceptionConfig
+from xception.weights.names_xception import xception_names
 
 # A narrow network with every part of the real one, for tests of behaviour.
 NARROW: dict[str, Any] = {
@@ -107,42 +108,13 @@ def test_state_names_read_like_the_paper() -> None:
         assert name in names
 
 
-def timm_names(config: XceptionConfig) -> dict[str, str]:
-    """Prefix in our state -> prefix in timm's `legacy_xception`."""
-    names = {
-        "entry_flow.stem.conv1.conv": "conv1",
-        "entry_flow.stem.conv1.norm": "bn1",
-        "entry_flow.stem.conv2.conv": "conv2",
-        "entry_flow.stem.conv2.norm": "bn2",
-        "exit_flow.separable.0.conv.depthwise": "conv3.conv1",
-        "exit_flow.separable.0.conv.pointwise": "conv3.pointwise",
-        "exit_flow.separable.0.norm": "bn3",
-        "exit_flow.separable.1.conv.depthwise": "conv4.conv1",
-        "exit_flow.separable.1.conv.pointwise": "conv4.pointwise",
-        "exit_flow.separable.1.norm": "bn4",
-        "classifier.linear": "fc",
-    }
-    blocks = [f"entry_flow.block{i}" for i in (1, 2, 3)] + [f"middle_flow.{i}" for i in range(8)]
-    for number, block in enumerate([*blocks, "exit_flow.block"], 1):
-        units = 3 if block.startswith("middle") else 2
-        for unit in range(units):
-            # timm's list is ReLU, convolution, normalisation, ...; the first block has no first ReLU
-            position = 3 * unit + (0 if number == 1 else 1)
-            names[f"{block}.units.{unit}.conv.depthwise"] = f"block{number}.rep.{position}.conv1"
-            names[f"{block}.units.{unit}.conv.pointwise"] = f"block{number}.rep.{position}.pointwise"
-            names[f"{block}.units.{unit}.norm"] = f"block{number}.rep.{position + 1}"
-        if units == 2:
-            names[f"{block}.shortcut.conv"] = f"block{number}.skip"
-            names[f"{block}.shortcut.norm"] = f"block{number}.skipbn"
-    return names
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_numerics_equal_timms_legacy_xception() -> None:
-    timm = pytest.importorskip("timm")
+    import timm
+
     theirs = with_random_statistics(timm.create_model("legacy_xception", pretrained=False))
     ours = Xception(XceptionConfig(numerics="torch")).eval()
-    names, state, used = timm_names(ours.config), {}, set()
+    names, state, used = {**xception_names(ours.config), "classifier.linear": "fc"}, {}, set()
     for name in ours.state_dict():
         prefix, _, leaf = name.rpartition(".")
         used.add(f"{names[prefix]}.{leaf}")

@@ -11,6 +11,7 @@ from torch import nn
 from xception.errors import ConfigError
 from xception.models.registry import create_model
 from xception.models.xception_aligned import AlignedConfig, XceptionAligned
+from xception.weights.names_aligned import aligned_names
 
 NARROW: dict[str, Any] = {
     "num_classes": 5,
@@ -40,36 +41,6 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def timm_names(model: XceptionAligned) -> dict[str, str]:
-    """Prefix in our state -> prefix in timm's, for one of the aligned networks."""
-    before = model.config.preactivation
-    names = {"entry_flow.stem.conv1.conv": "stem.0.conv", "entry_flow.stem.conv1.norm": "stem.0.bn"}
-    if before:
-        names["entry_flow.stem.conv2.conv"] = "stem.1"
-    else:
-        names |= {"entry_flow.stem.conv2.conv": "stem.1.conv", "entry_flow.stem.conv2.norm": "stem.1.bn"}
-    entry = [f"entry_flow.block{i + 1}" for i in range(len(model.config.entry_widths))]
-    middle = [f"middle_flow.{i}" for i in range(model.config.middle_modules)]
-    blocks = [*entry, *middle, "exit_flow.block", "exit_flow.separable"]
-    for number, block in enumerate(blocks):
-        theirs = f"blocks.{number}"
-        names[f"{block}.norm"] = f"{theirs}.norm"
-        names[f"{block}.shortcut.conv"] = f"{theirs}.shortcut" if before else f"{theirs}.shortcut.conv"
-        names[f"{block}.shortcut.norm"] = f"{theirs}.shortcut.bn"
-        for unit in range(3):
-            ours, conv = f"{block}.units.{unit}", f"{theirs}.stack.conv{unit + 1}"
-            if before:
-                names[f"{ours}.norm"] = f"{conv}.norm"
-                names[f"{ours}.conv.depthwise"] = f"{conv}.conv_dw"
-                names[f"{ours}.conv.pointwise"] = f"{conv}.conv_pw"
-            else:
-                names[f"{ours}.depthwise"] = f"{conv}.conv_dw"
-                names[f"{ours}.depthwise_norm"] = f"{conv}.bn_dw"
-                names[f"{ours}.pointwise"] = f"{conv}.conv_pw"
-                names[f"{ours}.norm"] = f"{conv}.bn_pw"
-    return names | {"classifier.linear": "head.fc"}
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "output_stride"),
@@ -84,11 +55,12 @@ def timm_names(model: XceptionAligned) -> dict[str, str]:
     ],
 )
 def test_it_equals_timms(name: str, output_stride: int | None) -> None:
-    timm = pytest.importorskip("timm")
+    import timm
+
     theirs = timm.create_model(name, pretrained=False, num_classes=11, in_chans=2, output_stride=output_stride or 32)
     ours = create_model(name, num_classes=11, in_channels=2, output_stride=output_stride).eval()
     randomise(theirs)
-    names, state, used = timm_names(ours), {}, set()
+    names, state, used = {**aligned_names(ours.config), "classifier.linear": "head.fc"}, {}, set()
     for key in ours.state_dict():
         prefix, _, leaf = key.rpartition(".")
         used.add(f"{names[prefix]}.{leaf}")

@@ -160,6 +160,8 @@ def test_an_image_that_goes_bad_later_is_skipped_and_counted(photos: Path, tmp_p
     quick(
         dirty, tmp_path / "run", batch_size=16, check_images=False, max_bad_share=0.05, val_fraction=0, test_fraction=0
     )
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"xception_small on {dirty}</bdi></h1>" in page  # and no part, since none was evaluated
     assert metrics(tmp_path / "run")[-1]["bad_images"] == 1
     with pytest.raises(TrainingError, match="max-bad-share"):
         quick(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from keras_networks import NARROW, info_of, our_network
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from xception.weights.keras_write import write_keras
 os.environ.setdefault("KERAS_BACKEND", "torch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    keras: Any = pytest.importorskip("keras")
+    import keras
 L = keras.layers
 
 
@@ -69,7 +68,7 @@ def imported(path: Path, **options: Any) -> tuple[nn.Module, Recognised, ImportR
 
 def save_bare_hdf5(model: Any, path: Path) -> None:
     """Weights alone, as Keras's `save_weights` wrote them into .h5 until its third version, by its own code."""
-    h5py = pytest.importorskip("h5py")
+    import h5py
     from keras.src.legacy.saving import legacy_h5_format
 
     with h5py.File(path, "w") as file:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import hostile_hdf5 as hostile
 import numpy as np
 import pytest
@@ -15,8 +16,6 @@ import torch
 from xception.errors import WeightsError
 from xception.weights.hdf5 import Hdf5, read_hdf5
 from xception.weights.regions import FileRegion
-
-h5py = pytest.importorskip("h5py")
 
 
 def opened(path: Path) -> Hdf5:

@@ -145,11 +145,14 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+    def order(self, epoch: int) -> Indices:
+        """The samples of an epoch by their numbers, batch after batch, before a last batch is left out."""
         if self.balanced:
-            order = balanced_order(self.split.targets, seed=self.seed, epoch=epoch)  # type: ignore[arg-type]
-        else:
-            order = epoch_order(len(self.split), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+            return balanced_order(self.split.targets, seed=self.seed, epoch=epoch)  # type: ignore[arg-type]
+        return epoch_order(len(self.split), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+
+    def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        order = self.order(epoch)
         draws = occurrences(order)
         places = (slice(b * self.batch_size, (b + 1) * self.batch_size) for b in range(start_batch, len(self)))
         jobs = (_Job(epoch, order[place], draws[place]) for place in places)

@@ -31,7 +31,7 @@ from xception.models.fields import (
 from xception.models.layers import check_input
 
 LIBRARIES = ("torchvision", "timm")
-# Sides that `library_entry` tries, in order, to learn the smallest that a network takes.
+# Sides that `baseline_entry` tries, in order, to learn the smallest that a network takes.
 TRIED_SIZES = (8, 16, 24, 28, 32, 48, 64, 75, 96, 112, 128, 160, 192, 224, 256, 299, 384)
 
 
@@ -275,7 +275,7 @@ def _set_in_channels(network: nn.Module, in_channels: int) -> None:
 
 
 @cache
-def library_entry(library: str, architecture: str) -> ModelEntry:
+def baseline_entry(library: str, architecture: str) -> ModelEntry:
     """The entry of any classification network of torchvision or timm; `ConfigError` if it has no such name.
 
     The sizes that the network takes are found by trying some on the meta device.

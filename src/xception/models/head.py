@@ -99,8 +99,12 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(widths[-1], num_classes)
 
+    def pool(self, features: Tensor) -> Tensor:
+        """The average, or the maximum, over the whole map: N C H W -> N C."""
+        return features.mean(dim=(2, 3)) if self.pooling == "avg" else features.amax(dim=(2, 3))
+
     def forward(self, features: Tensor, *, pre_logits: bool = False) -> Tensor:
-        x = features.mean(dim=(2, 3)) if self.pooling == "avg" else features.amax(dim=(2, 3))
+        x = self.pool(features)
         for layer, name in zip(self.fully_connected, self.hidden_activations, strict=True):
             x = _ACTIVATIONS[name](layer(x))
         if pre_logits:

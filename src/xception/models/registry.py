@@ -79,7 +79,7 @@ def find_entry(name: str) -> ModelEntry:
         return ENTRIES[name]
     library, slash, architecture = str(name).partition("/")
     if slash and library in baselines.LIBRARIES:
-        return baselines.library_entry(library, architecture)
+        return baselines.baseline_entry(library, architecture)
     raise unknown_name("model", name, list_models())
 
 

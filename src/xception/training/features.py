@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from xception.data.loader import BadImage, Batch, Loader
-from xception.data.sampling import balanced_order, epoch_order
 from xception.models.head import Classifier
 from xception.training.memory import machine_bytes
 from xception.training.optimizers import head_module
@@ -52,11 +51,7 @@ class FeatureLoader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from `start_batch` on, with features N C 1 1 for images."""
-        like, features, keys = self._like, self._features, self.split.keys
-        if like.balanced:
-            order = balanced_order(like.split.targets, seed=like.seed, epoch=epoch)  # type: ignore[arg-type]
-        else:
-            order = epoch_order(len(like.split), seed=like.seed, epoch=epoch, shuffle=like.shuffle)
+        features, keys, order = self._features, self.split.keys, self._like.order(epoch)
         for start in range(start_batch * self.batch_size, len(self) * self.batch_size, self.batch_size):
             indices = torch.from_numpy(order[start : start + self.batch_size])
             known = features.known[indices]
@@ -87,8 +82,6 @@ def compute_features(network: nn.Module, plan: Plan, loader: Loader, *, done: Ca
     """
     head = head_module(network)
     assert isinstance(head, Classifier)
-    with torch.device("meta"):  # its weights are not used
-        pooling = Classifier(_width(head), 1, pooling=head.pooling)
     count = len(loader.split)
     values, known = torch.zeros(count, _width(head)), torch.zeros(count, dtype=torch.bool)
     targets = torch.zeros(count, loader.num_classes) if loader.multi_label else torch.zeros(count, dtype=torch.int64)
@@ -98,7 +91,7 @@ def compute_features(network: nn.Module, plan: Plan, loader: Loader, *, done: Ca
             bad.update({image.key: image for image in batch.bad})
             if len(batch.images):
                 images = batch.images.to(plan.device, memory_format=torch.channels_last)
-                pooled = pooling(network.forward_features(images), pre_logits=True).cpu()  # type: ignore[operator]
+                pooled = head.pool(network.forward_features(images)).cpu()  # type: ignore[operator]
                 if not known.any():
                     values = values.to(pooled.dtype)
                 values[batch.indices], targets[batch.indices], known[batch.indices] = pooled, batch.targets, True

@@ -191,7 +191,7 @@ def write_outputs(
     part, evaluation, split = ("test", test, plan.test) if test is not None else ("validation", val, plan.val)
     write_report(
         out / "report.html",
-        title=f"{plan.model} on {plan.source.spec}: {part} part",
+        title=f"{plan.model} on {plan.source.spec}" + ("" if evaluation is None else f": {part} part"),
         evaluation=evaluation,
         examples=[] if evaluation is None or split is None else mistake_examples(evaluation, split),
         history=history,

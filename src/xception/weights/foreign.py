@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from xception.data.preprocess import Preprocess
 from xception.errors import WeightsError
 from xception.models import registry
+from xception.weights.skeleton import materialise
 
 Layout = Literal["same", "hwio", "hwcm", "dense", "matrix"]
 
@@ -132,10 +133,13 @@ def import_tensors(file: ForeignFile, found: Recognised) -> tuple[nn.Module, Imp
     targets = dict(skeleton.state_dict())
     counters = {name for name in targets if name.endswith("num_batches_tracked")}
     _check(file, found, targets, counters)
-    model = registry.build(found.model, config)
+    # A whole network's random start would be overwritten: only a fresh head is worth drawing.
+    model = registry.build(found.model, config) if found.fresh else materialise(skeleton, found.model, found.config)
     ours = model.state_dict()
     digest = hashlib.sha256()
     with torch.no_grad():
+        for name in counters:
+            ours[name].zero_()
         for pair in sorted(found.pairs, key=lambda p: p.theirs):
             tensor = file.tensors[pair.theirs].read()
             digest.update(pair.theirs.encode("utf-8", "surrogateescape"))

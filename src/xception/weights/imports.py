@@ -45,18 +45,20 @@ class Imported:
 def import_weights(source: str | os.PathLike[str], *, model: str | None = None, trunk_only: bool = False) -> Imported:
     """The network in a bundle, a run folder, any public checkpoint file, or of a published name.
 
-    On the CPU and in eval mode. `model` is the network that ``"imagenet"`` is meant for. With `trunk_only` a head
-    that cannot be represented is left out, and stays fresh. Raises `WeightsError` naming the file and what in it
-    cannot be used; nothing in the file is ever run.
+    On the CPU and in eval mode. `model` is the network that it has to be, and that ``"imagenet"`` is meant for (None:
+    any). With `trunk_only` a head that cannot be represented is left out, and stays fresh. Raises `WeightsError` naming
+    the file and what in it cannot be used; nothing in the file is ever run.
     """
     located = locate(source, model=model)
     container = container_of(located.path)
     if container == "bundle":
         network, info = load_bundle(located.path)
+        _require_network(source, info.model, model)
         return Imported(model=network, info=info, format="bundle", fresh=fresh_in(info))
     with _named(located.path):
         foreign = _read(os.fspath(located.path), container)
         found = _recognise(foreign, trunk_only=trunk_only)
+        _require_network(source, found.model, model)
         network, report = import_tensors(foreign, found)
         info = _info(found, foreign, located.checkpoint)
         return Imported(model=network, info=info, format=found.format, fresh=found.fresh, report=report)
@@ -67,10 +69,18 @@ def imported_info(source: str | os.PathLike[str], *, model: str | None = None, t
     located = locate(source, model=model)
     container = container_of(located.path)
     if container == "bundle":
-        return read_bundle_info(located.path)
-    with _named(located.path):
-        foreign = _read(os.fspath(located.path), container)
-        return _info(_recognise(foreign, trunk_only=trunk_only), foreign, located.checkpoint)
+        info = read_bundle_info(located.path)
+    else:
+        with _named(located.path):
+            foreign = _read(os.fspath(located.path), container)
+            info = _info(_recognise(foreign, trunk_only=trunk_only), foreign, located.checkpoint)
+    _require_network(source, info.model, model)
+    return info
+
+
+def _require_network(source: str | os.PathLike[str], found: str, wanted: str | None) -> None:
+    if wanted is not None and found != wanted:
+        raise WeightsError(f"{shown(source)} holds weights of {found!r}, not of {wanted!r}")
 
 
 def fresh_in(info: BundleInfo) -> tuple[str, ...]:

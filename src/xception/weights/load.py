@@ -83,8 +83,6 @@ def create_with_transfer(
     """
     imported = import_weights(weights, model=name, trunk_only=trunk_only)
     info = imported.info
-    if info.model != name:
-        raise WeightsError(f"{shown(weights)} holds weights of {info.model!r}, not of {name!r}")
     own = registry.config_to_dict(registry.config_from_dict(name, info.config))
     config = _with_options(name, own, options)
     if config["in_channels"] != own["in_channels"]:
