@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "bindings.hpp"
 #include "cpu_features.hpp"
 #include "network.hpp"
 
@@ -21,7 +22,7 @@ namespace {
 
 // Raised with every change of this module's interface. xception/ops/backend.py expects the same number, so
 // that an extension left over from an earlier editable install is noticed instead of misused.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 nb::dict to_dict(const xception::CpuFeatures& features) {
   nb::dict out;
@@ -45,12 +46,6 @@ Value one_of(const std::string& word, const std::pair<const char*, Value> (&word
   throw std::invalid_argument("unknown " + std::string(what) + " '" + word + "'");
 }
 
-xception::Type type_of(const std::string& word) {
-  using enum xception::Type;
-  constexpr std::pair<const char*, xception::Type> words[] = {{"fp32", f32}, {"bf16", bf16}, {"fp16", f16}};
-  return one_of(word, words, "type");
-}
-
 xception::Activation activation_of(const std::string& word) {
   using enum xception::Activation;
   constexpr std::pair<const char*, xception::Activation> words[] = {{"none", none}, {"relu", relu}, {"elu", elu}};
@@ -69,16 +64,9 @@ int size_of(std::size_t value) {
   return static_cast<int>(value);
 }
 
-// `level` names kernels that this processor can run: checked here, since a wrong one would end the process.
 std::unique_ptr<xception::Network> make_network(const std::string& level, const std::string& type, int channels,
                                                 int threads, bool latency) {
-  const xception::CpuFeatures features = xception::cpu_features();
-  const bool usable = level == "scalar" || (level == "avx2" && features.avx2) ||
-                      (level == "avx512" && features.avx512) || (level == "avx512_bf16" && features.avx512_bf16) ||
-                      (level == "amx_bf16" && features.amx_bf16 && type == "bf16") ||
-                      (level == "amx_fp16" && features.amx_fp16 && type == "fp16") ||
-                      (level == "amx_emulated" && features.avx512 && type != "fp32");  // for tests
-  if (!usable) throw std::invalid_argument("this processor does not run kernels for '" + level + "'");
+  if (!runs_kernels(level, type)) throw std::invalid_argument("this processor does not run kernels for '" + level + "'");
   return std::make_unique<xception::Network>(level, type_of(type), channels, threads, latency);
 }
 
@@ -215,10 +203,26 @@ void bind_network(nb::module_& m) {
 
 }  // namespace
 
+xception::Type type_of(const std::string& word) {
+  using enum xception::Type;
+  constexpr std::pair<const char*, xception::Type> words[] = {{"fp32", f32}, {"bf16", bf16}, {"fp16", f16}};
+  return one_of(word, words, "type");
+}
+
+bool runs_kernels(const std::string& level, const std::string& type) {
+  const xception::CpuFeatures features = xception::cpu_features();
+  return level == "scalar" || (level == "avx2" && features.avx2) || (level == "avx512" && features.avx512) ||
+         (level == "avx512_bf16" && features.avx512_bf16) ||
+         (level == "amx_bf16" && features.amx_bf16 && type == "bf16") ||
+         (level == "amx_fp16" && features.amx_fp16 && type == "fp16") ||
+         (level == "amx_emulated" && features.avx512 && type != "fp32");  // for tests
+}
+
 NB_MODULE(_native, m) {
   m.doc() = "The compiled part of xception.";
   m.attr("INTERFACE") = kInterface;
   bind_network(m);
+  bind_train(m);
   m.def("cpu_name", &xception::cpu_name, "The processor's own name; empty where it does not tell.");
   m.def(
       "cpu_features", [] { return to_dict(xception::cpu_features()); },

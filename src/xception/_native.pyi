@@ -1,5 +1,7 @@
 """The compiled extension's signatures; built from native/src/bindings.cpp, missing without a C++ compiler."""
 
+from typing import Any, TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -98,3 +100,109 @@ class Network:
     def shape(self, value: int, height: int, width: int) -> tuple[int, int, int]: ...
     def profile(self, images: _Floats, value: int, repeats: int = 5) -> list[float]: ...
     def run(self, images: _Floats, value: int, output: _Floats, beside: _Floats | None = None) -> None: ...
+
+_Array: TypeAlias = NDArray[Any]
+
+class UnitTrainer:
+    """Arrays are contiguous NumPy arrays: float32; maps in bf16 as int16; channel blocks and winners as uint8."""
+
+    threads: int
+    level: str
+
+    def __init__(self, level: str, type: str, threads: int) -> None: ...
+    def blocked_bytes(self, channels: int, sizes: tuple[int, int, int]) -> int: ...
+    def forward(
+        self,
+        sizes: tuple[int, int, int],
+        input: _Array,
+        *,
+        scale: _Array | None,
+        shift: _Array | None,
+        relu: bool,
+        dilation: int,
+        filters: _Array,
+        weights: _Array,
+        z: _Array,
+        mean: _Array,
+        variance: _Array,
+    ) -> None: ...
+    def backward(
+        self,
+        sizes: tuple[int, int, int],
+        input: _Array,
+        *,
+        scale: _Array | None,
+        shift: _Array | None,
+        relu: bool,
+        dilation: int,
+        filters: _Array,
+        weights: _Array,
+        z: _Array,
+        gradient: _Array,
+        out_scale: _Array | None,
+        out_shift: _Array | None,
+        out_relu: bool,
+        factors: _Array,
+        in_mean: _Array | None,
+        residual: _Array | None,
+        input_gradient: _Array | None,
+        filter_gradient: _Array,
+        weight_gradient: _Array | None,
+        sums: _Array | None,
+    ) -> None: ...
+    def finish(
+        self,
+        sizes: tuple[int, int, int],
+        channels: int,
+        *,
+        z: _Array,
+        scale: _Array,
+        shift: _Array,
+        relu: bool,
+        residual: _Array | None,
+        output: _Array,
+    ) -> None: ...
+    def gradient_sums(
+        self,
+        sizes: tuple[int, int, int],
+        channels: int,
+        *,
+        z: _Array,
+        scale: _Array,
+        shift: _Array,
+        relu: bool,
+        mean: _Array,
+        gradient: _Array,
+        sums: _Array,
+    ) -> None: ...
+    def pool(
+        self,
+        sizes: tuple[int, int, int],
+        channels: int,
+        *,
+        pooled: tuple[int, int, int],
+        stride: int,
+        dilation: int,
+        pad_top: int,
+        pad_left: int,
+        z: _Array,
+        scale: _Array,
+        shift: _Array,
+        residual: _Array | None,
+        output: _Array,
+        winners: _Array,
+    ) -> None: ...
+    def pool_backward(
+        self,
+        sizes: tuple[int, int, int],
+        channels: int,
+        *,
+        pooled: tuple[int, int, int],
+        stride: int,
+        dilation: int,
+        pad_top: int,
+        pad_left: int,
+        gradient: _Array,
+        winners: _Array,
+        input_gradient: _Array,
+    ) -> None: ...

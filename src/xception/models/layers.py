@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from xception.errors import ConfigError
 from xception.models.head import Classifier
 from xception.ops import reference as ops
-from xception.ops.reference import Activation, Order, Padding
+from xception.ops.reference import Activation, Order, Padding, PoolSampling
 
 Numerics = Literal["tf", "torch"]
 
@@ -257,21 +257,13 @@ class SamePool2d(nn.Module):
         self.dense = dense
         self.dilation = dilation
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.dense:
-            if self.numerics == "tf":
-                return ops.max_pool2d_same(x, 3, 2)
-            return F.max_pool2d(x, 3, 2, padding=1)
-        d = self.dilation
-        top, left = (d * self.offset(-(-size // d)) for size in x.shape[2:])
-        if top == left == d == 1:  # PyTorch's own padding goes no further than half a kernel
-            return F.max_pool2d(x, 3, 1, padding=1)
-        x = F.pad(x, (left, 2 * d - left, top, 2 * d - top), value=-torch.inf)
-        return F.max_pool2d(x, 3, 1, dilation=d)
+    @property
+    def sampling(self) -> PoolSampling:
+        """Where its windows lie."""
+        return PoolSampling(same=self.numerics == "tf", dense=self.dense, dilation=self.dilation)
 
-    def offset(self, size: int) -> int:
-        """How far before the first pixel the strided pool's first window begins, on an axis of `size`."""
-        return ops.same_padding(size, 3, 2)[0] if self.numerics == "tf" else 1
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.max_pool3x3(x, self.sampling)
 
     def extra_repr(self) -> str:
         return f"numerics={self.numerics}, dense={self.dense}, dilation={self.dilation}"

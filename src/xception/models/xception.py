@@ -22,6 +22,7 @@ from xception.models.fields import (
     check_range,
     check_widths,
 )
+from xception.models.fused import train_units
 from xception.models.head import HeadConfig
 from xception.models.layers import (
     NORM_EPS,
@@ -155,6 +156,9 @@ class SeparableUnit(nn.Module):
         self.output_relu = output_relu
 
     def forward(self, x: Tensor) -> Tensor:
+        y = train_units([self], x, output_relu=self.output_relu)
+        if y is not None:
+            return y
         return ops.activate(self.norm(self.conv(x)), "relu" if self.output_relu else "none")
 
 
@@ -200,8 +204,13 @@ class XceptionBlock(nn.Module):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.pool(self.units(x))
-        return y if self.shortcut is None else y + self.shortcut(x)
+        identity = type(self.shortcut) is nn.Identity
+        shortcut = None if self.shortcut is None else self.shortcut(x)
+        y = train_units(self.units, x, pool=self.pool, shortcut="input" if identity else shortcut)
+        if y is not None:
+            return y
+        y = self.pool(self.units(x))
+        return y if shortcut is None else y + shortcut
 
 
 class Stem(nn.Module):

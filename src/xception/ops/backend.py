@@ -40,7 +40,7 @@ _OTHER_LEVELS: tuple[str, ...] = ("scalar",)
 _PART_OF = {"avx512_vnni": "avx512", "avx512_bf16": "avx512"}
 
 # The interface of the extension that this version of the package works with: `kInterface` in bindings.cpp.
-_INTERFACE = 2
+_INTERFACE = 3
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -203,6 +203,12 @@ def new_network(precision: Precision, channels: int, threads: int, *, latency: b
         raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
     network: Network = _native.Network(kernel_level(precision), precision, channels, threads, latency=latency)
     return network
+
+
+def new_unit_trainer(level: str, precision: Precision, threads: int) -> UnitTrainer:
+    """What trains separable units with these kernels; see `_native.pyi`. For `ops.units`, which has asked for both."""
+    trainer: UnitTrainer = _native.UnitTrainer(level, precision, threads)
+    return trainer
 
 
 def describe() -> str:

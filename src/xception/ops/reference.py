@@ -6,6 +6,8 @@ Nothing here works in place, so an input may safely be a shortcut's source as we
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -126,6 +128,111 @@ def separable_conv2d(
             raise ConfigError(f"expected a residual of {tuple(x.shape)}, got {tuple(residual.shape)}")
         x = x + residual
     return activate(x, output_activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSampling:
+    """Where the windows of a 3x3 max-pool lie that halves the map, or, `dense`, one that keeps its size by dilation.
+
+    `same` pads as TensorFlow's SAME does, (0, 1) on even sizes; else (1, 1) always. Of a dense pool's output every
+    (2 * dilation)-th row and column is what the strided pool gives for every dilation-th of the input.
+    """
+
+    same: bool = True
+    dense: bool = False
+    dilation: int = 1
+
+    @property
+    def stride(self) -> int:
+        """From window to window, in pixels."""
+        return 1 if self.dense else 2
+
+    @property
+    def tap_dilation(self) -> int:
+        """From tap to tap, in pixels."""
+        return self.dilation if self.dense else 1
+
+    def along(self, size: int) -> tuple[int, int]:
+        """The windows on an axis of `size` pixels, and how far before the first pixel the first one begins."""
+        if self.dense:
+            return size, self.dilation * self._offset(-(-size // self.dilation))
+        return (-(-size // 2) if self.same else (size - 1) // 2 + 1), self._offset(size)
+
+    def _offset(self, size: int) -> int:
+        return same_padding(size, 3, 2)[0] if self.same else 1
+
+
+def max_pool3x3(x: Tensor, sampling: PoolSampling) -> Tensor:
+    """N C H W -> N C H' W', by `sampling`; padding never wins."""
+    if not sampling.dense:
+        return max_pool2d_same(x, 3, 2) if sampling.same else F.max_pool2d(x, 3, 2, padding=1)
+    d = sampling.dilation
+    (_, top), (_, left) = (sampling.along(size) for size in x.shape[2:])
+    if top == left == d == 1:  # PyTorch's own padding goes no further than half a kernel
+        return F.max_pool2d(x, 3, 1, padding=1)
+    x = F.pad(x, (left, 2 * d - left, top, 2 * d - top), value=-torch.inf)
+    return F.max_pool2d(x, 3, 1, dilation=d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """[ReLU,] 3x3 depthwise (C 1 3 3), pointwise (C' C 1 1), batch normalisation over C' channels.
+
+    `scale` and `offset` are its gamma and beta, or None for 1 and 0. Where it `gathers`, it normalises by the batch's
+    statistics, and moves the running ones towards them by `momentum` (None: they stay); else by the running ones.
+    """
+
+    depthwise: Tensor
+    pointwise: Tensor
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_variance: Tensor | None = None
+    gathers: bool = True
+    momentum: float | None = None
+    epsilon: float = 1e-3
+    input_relu: bool = True
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What may be trained."""
+        yield self.depthwise
+        yield self.pointwise
+        yield from (t for t in (self.scale, self.offset) if t is not None)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The parameters, and the running statistics if there are any."""
+        yield from self.parameters()
+        yield from (t for t in (self.running_mean, self.running_variance) if t is not None)
+
+
+def separable_units(
+    x: Tensor,
+    units: Sequence[Unit],
+    *,
+    dilation: int = 1,
+    pool: PoolSampling | None = None,
+    shortcut: Tensor | Literal["input"] | None = None,
+    output_relu: bool = False,
+) -> Tensor:
+    """Units one after the other, a pool if there is one, plus a shortcut: N C H W -> N C' H' W'.
+
+    `shortcut` has the output's shape, or is "input" for the identity; the module's output is linear unless
+    `output_relu`.
+    """
+    y = x
+    for unit in units:
+        y = separable_conv2d(y, unit.depthwise, unit.pointwise, dilation=dilation, input_relu=unit.input_relu)
+        running = (unit.running_mean, unit.running_variance)
+        if unit.gathers and unit.momentum is None:
+            running = (None, None)
+        y = F.batch_norm(
+            y, *running, unit.scale, unit.offset, unit.gathers, unit.momentum or 0.0, unit.epsilon
+        )  # fmt: skip
+    if pool is not None:
+        y = max_pool3x3(y, pool)
+    if shortcut is not None:
+        y = y + (x if isinstance(shortcut, str) else shortcut)
+    return activate(y, "relu" if output_relu else "none")
 
 
 def activate(x: Tensor, name: Activation) -> Tensor:

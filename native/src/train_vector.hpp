@@ -1,0 +1,84 @@
+// What training needs of V beside the vector headers. Included by each train_*.cpp after one of them.
+#pragma once
+
+namespace xception::XCEPTION_LEVEL {
+
+#if defined(__AVX512F__)
+
+inline V sub(V x, V y) { return {_mm512_sub_ps(x.a, y.a)}; }
+// x > y ? yes : no, a lane; and `no` where one is NaN.
+inline V select_greater(V x, V y, V yes, V no) {
+  return {_mm512_mask_mov_ps(no.a, _mm512_cmp_ps_mask(x.a, y.a, _CMP_GT_OQ), yes.a)};
+}
+// Lanes as bytes; they hold small whole numbers.
+inline void store_bytes(std::uint8_t* p, V x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x.a)));
+}
+// The lanes whose byte is `wanted`, zeros elsewhere.
+inline V where_byte(const std::uint8_t* p, int wanted, V x) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(static_cast<char>(wanted))), x.a)};
+}
+// Two lines of 32 halves, the second one zero if it is not there, as 32 pairs.
+inline void pair_lines(const std::uint16_t* lines, bool second, std::uint16_t* low, std::uint16_t* high) {
+  const __m512i a = _mm512_loadu_si512(lines);
+  const __m512i b = second ? _mm512_loadu_si512(lines + 32) : _mm512_setzero_si512();
+  const __m512i even = _mm512_and_si512(a, _mm512_set1_epi32(0xffff));
+  const __m512i first = _mm512_or_si512(even, _mm512_slli_epi32(b, 16));                  // channels 0, 2, 4, ...
+  const __m512i odd = _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_andnot_si512(_mm512_set1_epi32(0xffff), b));
+  const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  _mm512_storeu_si512(low, _mm512_permutex2var_epi32(first, order, odd));
+  _mm512_storeu_si512(high, _mm512_permutex2var_epi32(first, _mm512_add_epi32(order, _mm512_set1_epi32(8)), odd));
+}
+inline constexpr int kOuterRows = 8, kOuterColumns = 3;
+
+#else
+
+inline void pair_lines(const std::uint16_t* lines, bool second, std::uint16_t* low, std::uint16_t* high) {
+  for (int i = 0; i < 32; ++i) {
+    std::uint16_t* pair = (i < 16 ? low : high) + (i % 16) * 2;
+    pair[0] = lines[i];
+    pair[1] = second ? lines[32 + i] : std::uint16_t{0};
+  }
+}
+
+#if defined(__AVX2__)
+
+inline V sub(V x, V y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline V select_greater(V x, V y, V yes, V no) {
+  return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)),
+          _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
+}
+inline void store_bytes(std::uint8_t* p, V x) {
+  float lanes[16];
+  store(lanes, x);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<std::uint8_t>(lanes[i]);
+}
+inline V where_byte(const std::uint8_t* p, int wanted, V x) {
+  const __m128i bytes = _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                                       _mm_set1_epi8(static_cast<char>(wanted)));
+  return {_mm256_and_ps(x.a, _mm256_castsi256_ps(_mm256_cvtepi8_epi32(bytes))),
+          _mm256_and_ps(x.b, _mm256_castsi256_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))))};
+}
+inline constexpr int kOuterRows = 6, kOuterColumns = 1;
+
+#else
+
+inline V sub(V x, V y) {
+  return make([&](int i) { return x.v[i] - y.v[i]; });
+}
+inline V select_greater(V x, V y, V yes, V no) {
+  return make([&](int i) { return x.v[i] > y.v[i] ? yes.v[i] : no.v[i]; });
+}
+inline void store_bytes(std::uint8_t* p, V x) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<std::uint8_t>(x.v[i]);
+}
+inline V where_byte(const std::uint8_t* p, int wanted, V x) {
+  return make([&](int i) { return p[i] == wanted ? x.v[i] : 0.0f; });
+}
+inline constexpr int kOuterRows = 4, kOuterColumns = 1;
+
+#endif
+#endif
+
+}  // namespace xception::XCEPTION_LEVEL
