@@ -12,6 +12,8 @@ namespace {
 
 constexpr std::int64_t kStripBytes = 384 << 10;   // of matrix lines: they are read for each panel of weights
 constexpr std::int64_t kPaddedBytes = 96 << 10;   // of a padded map in the backward pass, which holds two of them
+// Pixels that are summed at once into the weights' gradient, which is read and written for them all.
+constexpr int kOuterPixels = 512;
 
 std::size_t bytes_for(std::int64_t count, std::size_t each = 1) { return static_cast<std::size_t>(count) * each; }
 
@@ -49,6 +51,8 @@ struct PaddedAffine {
 
 const TrainKernels* train_kernels_for(const std::string& level, Type type, Type matrix) {
 #if defined(XCEPTION_HAS_X86_KERNELS)
+  if (level == "amx_emulated") return amx_emulated::train_kernels(type, matrix);
+  if (level == "amx_bf16") return amx::train_kernels(type, matrix);
   if (matrix == Type::bf16) return avx512_bf16::train_kernels(type, matrix);
   if (level == "avx2") return avx2::train_kernels(type, matrix);
   if (level != "scalar") return avx512::train_kernels(type, matrix);
@@ -190,7 +194,7 @@ void UnitTrainer::pack(const float* weights, int out_channels, int in_channels, 
 
 // The depthwise convolution of a strip, as a matrix.
 void UnitTrainer::produce(const UnitArgs& args, const Pixels& input, const Affine& load, const Strip& strip,
-                          Worker& worker, const Pixels& output) const {
+                          Worker& worker, const Pixels& output, std::int64_t first_pixel) const {
   const BatchShape& shape = args.shape;
   const int groups = line_groups(args.in_channels);
   for (int g = 0; g < groups; ++g)
@@ -203,7 +207,7 @@ void UnitTrainer::produce(const UnitArgs& args, const Pixels& input, const Affin
       FilterArgs filter{.padded = floats(worker.padded), .filter = floats(filters_) + g * kTaps * kGroup,
                         .width = shape.width, .rows = strip.rows, .dilation = args.dilation, .output = output,
                         .group = g};
-      filter.first_pixel = static_cast<std::int64_t>(i) * strip.rows * shape.width;
+      filter.first_pixel = first_pixel + static_cast<std::int64_t>(i) * strip.rows * shape.width;
       train_->filter(filter);
     }
 }
@@ -263,7 +267,7 @@ void UnitTrainer::forward(const UnitArgs& args, float* mean, float* variance) {
     for (const Strip& strip : mine[index_of(thread)]) {
       const std::int64_t pixels = static_cast<std::int64_t>(strip.images) * strip.rows * shape.width;
       const Pixels matrix = lines(worker.left.data(), pixels);
-      produce(args, input, load.affine, strip, worker, matrix);
+      produce(args, input, load.affine, strip, worker, matrix, 0);
       const std::int64_t begin = strip.image * shape.image_pixels() + static_cast<std::int64_t>(strip.first_row) * shape.width;
       kernels_->multiply(product(matrix, pixels, args.in_channels, args.out_channels, z, begin, worker));
       MapArgs statistics{.z = z, .stride = stride, .last_group = stride / kGroup, .first_pixel = begin,
@@ -438,31 +442,44 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
     int image, images;
     std::vector<Strip> strips;
   };
+  const auto pixels_of_strip = [&](const Strip& strip) {
+    return static_cast<std::int64_t>(strip.images) * strip.rows * shape.width;
+  };
   const int widest = std::max(in, out);
+  const auto together = static_cast<int>(std::max<std::int64_t>(kOuterPixels / shape.image_pixels(), 1));
   std::vector<std::vector<Task>> mine(index_of(threads));
+  std::int64_t capacity = 1;  // pixels of the matrices of one thread
+  std::int64_t task_images = 1;
   for (int t = 0; t < threads; ++t) {
     const Range images = share(shape.images, t, threads);
-    std::vector<Task>& tasks = mine[index_of(t)];
-    std::int64_t strip_pixels = 1, task_images = 1;
-    for (const Strip& strip : strips(shape, widest, images.begin, images.end)) {
-      if (tasks.empty() || tasks.back().image != strip.image) tasks.push_back({strip.image, strip.images, {}});
-      tasks.back().strips.push_back(strip);
-      strip_pixels = std::max<std::int64_t>(strip_pixels, static_cast<std::int64_t>(strip.images) * strip.rows * shape.width);
-      task_images = std::max<std::int64_t>(task_images, strip.images);
+    const int tasks = ceil_div(images.end - images.begin, together);
+    for (int i = 0; i < tasks; ++i) {
+      const Range part = share(images.end - images.begin, i, tasks);
+      const int first = images.begin + part.begin, count = part.end - part.begin;
+      mine[index_of(t)].push_back({first, count, strips(shape, widest, first, first + count)});
+      task_images = std::max<std::int64_t>(task_images, count);
+      for (const Strip& strip : mine[index_of(t)].back().strips) capacity = std::max(capacity, pixels_of_strip(strip));
+      capacity = std::max(capacity, std::min<std::int64_t>(count * shape.image_pixels(), kOuterPixels));
     }
+  }
+  const int step_unit = train_->step_unit;
+  const auto steps_of = [&](std::int64_t pixels) {
+    return ceil_div(static_cast<int>((pixels + 1) / 2), step_unit) * step_unit;
+  };
+  const std::int64_t pair_group = spread(steps_of(capacity) * std::int64_t{kLineBytes});
+  for (int t = 0; t < threads; ++t) {
     Worker& worker = workers_[index_of(t)];
     const int pad = 2 * unit.dilation;
     const std::int64_t band = std::max(kPaddedBytes, (1 + pad) * (shape.width + pad) * std::int64_t{kLineBytes});
     const std::int64_t whole = (shape.height + pad) * static_cast<std::int64_t>(shape.width + pad) * kLineBytes;
     reserve(worker.padded, bytes_for(std::max(whole, band)));
     reserve(worker.padded_gradient, bytes_for(band));
-    const std::int64_t line = spread(strip_pixels * kLineBytes);
+    const std::int64_t line = spread(capacity * kLineBytes);
     reserve(worker.left, bytes_for(out_groups * line) + kSlack);
     reserve(worker.right, bytes_for(in_groups * line) + kSlack);
     if (pairs && weights_wanted) {
-      const std::int64_t steps = (strip_pixels + 1) / 2 * kLineBytes;
-      reserve(worker.left_pairs, bytes_for(out_groups * spread(steps)));
-      reserve(worker.right_pairs, bytes_for(in_groups * spread(steps)));
+      reserve(worker.left_pairs, bytes_for(out_groups * pair_group));
+      reserve(worker.right_pairs, bytes_for(in_groups * pair_group));
     }
     reserve(worker.gradient, bytes_for(in_stride / kGroup * spread(task_images * shape.image_pixels() * kLineBytes)) + kSlack);
     reserve(worker.workspace, kWorkspace);
@@ -476,41 +493,52 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
     Worker& worker = workers_[index_of(thread)];
     pack(unit.weights, out, in, true, thread);
     barrier.wait();
+    const Pixels left = lines(worker.left.data(), capacity), right = lines(worker.right.data(), capacity);
+    const auto add_outer = [&](std::int64_t pixels) {
+      OuterArgs outer{.left = left.data, .left_group = left.block, .left_groups = out_groups, .right = right.data,
+                      .right_group = right.block, .right_groups = in_groups, .steps = static_cast<int>(pixels),
+                      .output = floats(worker.weight_gradient)};
+      if (pairs) {
+        outer.steps = steps_of(pixels);
+        PairArgs both{.lines = left.data, .block = left.block, .blocks = out_groups / 2,
+                      .pixels = static_cast<int>(pixels), .steps = outer.steps, .pairs = worker.left_pairs.data(),
+                      .group = pair_group};
+        train_->left_pairs(both);
+        both.lines = right.data;
+        both.blocks = in_groups / 2;
+        both.pairs = worker.right_pairs.data();
+        train_->right_pairs(both);
+        outer.left = worker.left_pairs.data();
+        outer.right = worker.right_pairs.data();
+        outer.left_group = outer.right_group = pair_group;
+      }
+      train_->outer(outer);
+    };
     for (const Task& task : mine[index_of(thread)]) {
       const Pixels gradient = blocked(worker.gradient.data(), in, task.images * shape.image_pixels());
+      std::int64_t waiting = 0;  // pixels in the matrices that are not yet in the weights' gradient
       for (const Strip& strip : task.strips) {
-        const std::int64_t pixels = static_cast<std::int64_t>(strip.images) * strip.rows * shape.width;
+        const std::int64_t pixels = pixels_of_strip(strip);
+        if (waiting + pixels > capacity) {
+          if (weights_wanted) add_outer(waiting);
+          waiting = 0;
+        }
         const std::int64_t row = static_cast<std::int64_t>(strip.first_row) * shape.width;
-        const Pixels left = lines(worker.left.data(), pixels);
         MapArgs through{.z = blocked(unit.z, out, shape.pixels()),
                         .gradient = pixels_of(args.gradient, out, shape.pixels()), .output = left,
                         .scale = output.affine.scale, .shift = output.affine.shift, .factors = factors.data(),
                         .stride = out_stride, .relu = args.output.relu, .last_group = out_groups,
-                        .first_pixel = strip.image * shape.image_pixels() + row, .pixels = static_cast<int>(pixels)};
+                        .first_pixel = strip.image * shape.image_pixels() + row, .output_pixel = waiting,
+                        .pixels = static_cast<int>(pixels)};
         train_->gradient(through);
-        kernels_->multiply(product(left, pixels, out, in, gradient, (strip.image - task.image) * shape.image_pixels() + row, worker));
-        if (!weights_wanted) continue;
-        const Pixels right = lines(worker.right.data(), pixels);
-        produce(unit, input, load.affine, strip, worker, right);
-        OuterArgs outer{.left = left.data, .left_group = left.block, .left_groups = out_groups, .right = right.data,
-                        .right_group = right.block, .right_groups = in_groups, .steps = static_cast<int>(pixels),
-                        .output = floats(worker.weight_gradient)};
-        if (pairs) {
-          outer.steps = static_cast<int>((pixels + 1) / 2);
-          const std::int64_t group = spread(outer.steps * std::int64_t{kLineBytes});
-          PairArgs both{.lines = left.data, .block = left.block, .blocks = out_groups / 2,
-                        .pixels = static_cast<int>(pixels), .pairs = worker.left_pairs.data(), .group = group};
-          train_->pairs(both);
-          both.lines = right.data;
-          both.blocks = in_groups / 2;
-          both.pairs = worker.right_pairs.data();
-          train_->pairs(both);
-          outer.left = worker.left_pairs.data();
-          outer.right = worker.right_pairs.data();
-          outer.left_group = outer.right_group = group;
-        }
-        train_->outer(outer);
+        Pixels matrix = left;
+        matrix.data += waiting * kLineBytes;
+        const std::int64_t begin = (strip.image - task.image) * shape.image_pixels() + row;
+        kernels_->multiply(product(matrix, pixels, out, in, gradient, begin, worker));
+        if (weights_wanted) produce(unit, input, load.affine, strip, worker, right, waiting);
+        waiting += pixels;
       }
+      if (weights_wanted) add_outer(waiting);
       depthwise_back(args, load.affine, means.data(), task.image, task.images, worker);
     }
     barrier.wait();

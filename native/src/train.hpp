@@ -104,7 +104,7 @@ class UnitTrainer {
   int line_groups(int channels) const;
   std::vector<Strip> strips(const BatchShape& shape, int channels, int begin, int end) const;
   void produce(const UnitArgs& args, const Pixels& input, const Affine& load, const Strip& strip, Worker& worker,
-               const Pixels& output) const;
+               const Pixels& output, std::int64_t first_pixel) const;
   void depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, int first_image, int images,
                       Worker& worker) const;
   MultiplyArgs product(const Pixels& matrix, std::int64_t pixels, int depth, int out_channels, const Pixels& output,

@@ -414,12 +414,13 @@ void outer(const OuterArgs& a) {
 }
 
 inline void pairs(const PairArgs& a) {
-  const int steps = (a.pixels + 1) / 2;
+  const int filled = (a.pixels + 1) / 2;
   for (int b = 0; b < a.blocks; ++b) {
     const auto* lines = reinterpret_cast<const std::uint16_t*>(a.lines + b * a.block);
     auto* low = reinterpret_cast<std::uint16_t*>(a.pairs + 2 * b * a.group);
     auto* high = reinterpret_cast<std::uint16_t*>(a.pairs + (2 * b + 1) * a.group);
-    for (int s = 0; s < steps; ++s) pair_lines(lines + s * 64, 2 * s + 1 < a.pixels, low + s * 32, high + s * 32);
+    for (int s = 0; s < filled; ++s) pair_lines(lines + s * 64, 2 * s + 1 < a.pixels, low + s * 32, high + s * 32);
+    for (int i = filled * 32; i < a.steps * 32; ++i) low[i] = high[i] = 0;
   }
 }
 
@@ -436,6 +437,8 @@ constexpr TrainKernels train_table() {
       .pool = pool<S>,
       .pool_back = pool_back<S>,
       .outer = outer<Dot>,
-      .pairs = pairs,
+      .left_pairs = pairs,
+      .right_pairs = pairs,
+      .step_unit = 1,
   };
 }

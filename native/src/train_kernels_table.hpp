@@ -103,11 +103,12 @@ struct OuterArgs {
   float* output = nullptr;  // [left_groups * 16][right_groups * 16]
 };
 
-// Lines of 32 halves, [blocks][pixels][32], as pairs of pixels: [2 * blocks][steps][16][2].
+// Lines of 32 halves, [blocks][pixels][32], as pairs of pixels: [2 * blocks][steps][16][2]. Steps behind the last pixel
+// are zeros.
 struct PairArgs {
   const std::byte* lines = nullptr;
   std::int64_t block = 0;
-  int blocks = 0, pixels = 0;
+  int blocks = 0, pixels = 0, steps = 0;
   std::byte* pairs = nullptr;
   std::int64_t group = 0;
 };
@@ -123,7 +124,9 @@ struct TrainKernels {
   void (*pool)(const PoolTrainArgs&);
   void (*pool_back)(const PoolTrainArgs&);
   void (*outer)(const OuterArgs&);
-  void (*pairs)(const PairArgs&);
+  void (*left_pairs)(const PairArgs&);   // as `outer` wants its left side; and its right side
+  void (*right_pairs)(const PairArgs&);
+  int step_unit;  // `outer` takes multiples of it
 };
 
 // `type` is the maps', `matrix` that of the lines that are multiplied. Null where the file has no such kernels.
@@ -138,6 +141,12 @@ namespace avx512 {
 const TrainKernels* train_kernels(Type type, Type matrix);
 }
 namespace avx512_bf16 {
+const TrainKernels* train_kernels(Type type, Type matrix);
+}
+namespace amx {
+const TrainKernels* train_kernels(Type type, Type matrix);
+}
+namespace amx_emulated {
 const TrainKernels* train_kernels(Type type, Type matrix);
 }
 #endif

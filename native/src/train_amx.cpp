@@ -1,0 +1,2 @@
+#define XCEPTION_LEVEL amx
+#include "train_amx.hpp"

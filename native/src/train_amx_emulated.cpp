@@ -1,0 +1,4 @@
+// For tests on processors without AMX.
+#define XCEPTION_LEVEL amx_emulated
+#define XCEPTION_EMULATE_TILES
+#include "train_amx.hpp"
