@@ -79,7 +79,7 @@ Affine affine_of(const MaybeArray& scale, const MaybeArray& shift, int channels,
 Window window_of(const BatchShape& shape, const Sizes& output, int stride, int dilation, int pad_top, int pad_left) {
   const auto [images, height, width] = output;
   if (images != shape.images || height < 1 || width < 1 || height > shape.height + 2 || width > shape.width + 2 ||
-      stride < 1 || stride > 64 || dilation < 1 || dilation > 4096 || pad_top < 0 || pad_left < 0 || pad_top > 8192 ||
+      stride < 1 || stride > 2 || dilation < 1 || dilation > 4096 || pad_top < 0 || pad_left < 0 || pad_top > 8192 ||
       pad_left > 8192)
     refuse("expected a window that fits the map");
   return {.in_height = shape.height, .in_width = shape.width, .out_height = height, .out_width = width, .kernel = 3,

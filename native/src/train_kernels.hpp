@@ -325,16 +325,40 @@ void pool(const PoolTrainArgs& a) {
   }
 }
 
-// The windows whose tap `k` reads pixel `i`: window (i + pad - k * dilation) / stride, if that is whole and there.
+// The windows that read a pixel of an axis, and by which tap: window (in + pad - tap * dilation) / stride, where that is
+// whole and there.
 struct Readers {
-  int at[3];
+  int count = 0;
+  int tap[3], window[3];
   Readers(int in, int pad, int windows, int stride, int dilation) {
     for (int k = 0; k < 3; ++k) {
       const int i = in + pad - k * dilation;
-      at[k] = i >= 0 && i % stride == 0 && i / stride < windows ? i / stride : -1;
+      const int at = stride == 2 ? i >> 1 : i;  // pools have stride 2, or 1
+      if (i < 0 || at * stride != i || at >= windows) continue;
+      tap[count] = k;
+      window[count++] = at;
     }
   }
 };
+
+template <class S, bool Whole>
+inline void pool_back_row(const PoolTrainArgs& a, int y, const std::byte* gradient, const std::uint8_t* winners, int lanes,
+                          std::byte* out) {
+  const Window& w = a.window;
+  const Readers ys(y, w.pad_top, w.out_height, w.stride, w.dilation);
+  for (int x = 0; x < w.in_width; ++x) {
+    const Readers xs(x, w.pad_left, w.out_width, w.stride, w.dilation);
+    V sum = zero();
+    for (int i = 0; i < ys.count; ++i)
+      for (int j = 0; j < xs.count; ++j) {
+        const std::int64_t pixel = static_cast<std::int64_t>(ys.window[i]) * w.out_width + xs.window[j];
+        const S* from = reinterpret_cast<const S*>(gradient + pixel * a.gradient.pixel);
+        const V v = Whole ? load(from) : load_some(from, lanes);
+        sum = add(sum, where_byte(winners + pixel * kGroup, ys.tap[i] * 3 + xs.tap[j], v));
+      }
+    store(reinterpret_cast<S*>(out + x * a.output.pixel), sum);
+  }
+}
 
 template <class S>
 void pool_back(const PoolTrainArgs& a) {
@@ -346,20 +370,11 @@ void pool_back(const PoolTrainArgs& a) {
     const std::uint8_t* winners = a.winners + g * a.winner_group + out_first * kGroup;
     const std::byte* gradient = group_at(a.gradient, g, out_first, sizeof(S));
     for (int y = 0; y < w.in_height; ++y) {
-      const Readers ys(y, w.pad_top, w.out_height, w.stride, w.dilation);
-      for (int x = 0; x < w.in_width; ++x) {
-        const Readers xs(x, w.pad_left, w.out_width, w.stride, w.dilation);
-        V sum = zero();
-        for (int ky = 0; ky < 3; ++ky)
-          for (int kx = 0; kx < 3; ++kx) {
-            if (ys.at[ky] < 0 || xs.at[kx] < 0) continue;
-            const std::int64_t pixel = static_cast<std::int64_t>(ys.at[ky]) * w.out_width + xs.at[kx];
-            const V v = load_some(reinterpret_cast<const S*>(gradient + pixel * a.gradient.pixel), lanes);
-            sum = add(sum, where_byte(winners + pixel * kGroup, ky * 3 + kx, v));
-          }
-        const std::int64_t pixel = in_first + static_cast<std::int64_t>(y) * w.in_width + x;
-        store(reinterpret_cast<S*>(group_at(a.output, g, pixel, sizeof(S))), sum);
-      }
+      std::byte* out = group_at(a.output, g, in_first + static_cast<std::int64_t>(y) * w.in_width, sizeof(S));
+      if (lanes == kGroup)
+        pool_back_row<S, true>(a, y, gradient, winners, lanes, out);
+      else
+        pool_back_row<S, false>(a, y, gradient, winners, lanes, out);
     }
   }
 }

@@ -25,7 +25,7 @@ from xception.ops.reference import PoolSampling as PoolSampling
 from xception.ops.reference import Unit as Unit
 
 if TYPE_CHECKING:
-    from xception._native import UnitTrainer
+    from xception.ops.backend import UnitTrainer
 
 _TYPES: dict[torch.dtype, backend.Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

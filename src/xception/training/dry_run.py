@@ -16,7 +16,7 @@ from xception.training.memory import forget_peak, peak_bytes
 from xception.training.optimizers import build_optimizer
 from xception.training.prepare import Plan
 from xception.training.recipe import flat_values
-from xception.training.step import has_towers, step_config, train_step
+from xception.training.step import computing, has_towers, step_config, train_step
 from xception.training.trainable import set_trainable
 
 _TRIAL_SECONDS = 20.0
@@ -49,7 +49,8 @@ def expect(plan: Plan) -> Expectation:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch_size = min(recipe.batch_size, len(plan.train))
     activations = _activation_bytes(plan, batch_size)
-    rate, tried, memory = _measure(plan, model, batch_size)
+    with computing(recipe):
+        rate, tried, memory = _measure(plan, model, batch_size)
     memory += int(_WORKING_SHARE * activations * (batch_size - tried) / batch_size)
     memory += sum(p.numel() * p.element_size() for p in model.parameters())  # the Polyak average
     return Expectation(

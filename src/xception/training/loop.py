@@ -41,7 +41,7 @@ from xception.training.record import (
 )
 from xception.training.run_folder import require_same_run, run_folder
 from xception.training.state import TrainingState, averaged
-from xception.training.step import StepResult, step_config, train_step
+from xception.training.step import StepResult, computing, engine, step_config, train_step
 from xception.training.trainable import batch_norms, norm_share, set_trainable
 from xception.training.trouble import MAX_SKIPPED_IN_A_ROW, looks_for_scale, note_bad, note_skipped
 from xception.training.validation import ScoresNotFinite, evaluate_part
@@ -65,8 +65,10 @@ def run_training(
     a `StopRequest` that was entered before, where there is one.
     """
     reporter = reporter or Reporter()
-    active_backend()  # says so, once, where only plain PyTorch is there
     with contextlib.ExitStack() as stack:
+        stack.enter_context(computing(plan.recipe))
+        active_backend()  # says so, once, where only plain PyTorch is there
+        reporter.say(f"separable convolutions: {engine(plan.recipe, plan.device)}, {plan.recipe.precision}")
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(reporter)

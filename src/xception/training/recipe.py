@@ -60,6 +60,8 @@ class Recipe:
     """Arithmetic of forward and backward; weights and sums stay fp32."""
     channels_last: bool = True
     """N H W C in memory, which CPUs like."""
+    backend: Literal["auto", "native", "reference"] = "auto"
+    """What computes separable units on a CPU: the compiled extension (auto: where it is there) or PyTorch alone."""
     compile: bool = False
     """Use torch.compile."""
     checkpoint_minutes: float = 10.0

@@ -23,6 +23,7 @@ from xception.models import registry
 from xception.training.checkpoint import Progress
 from xception.training.prepare import Plan
 from xception.training.recipe import FREE_FIELDS, flat_values, recipe_to_dict
+from xception.training.step import engine
 from xception.weights.bundle import BUNDLE_NAME, BundleInfo, save_bundle
 from xception.weights.files import atomic_write
 
@@ -88,6 +89,7 @@ def provenance(plan: Plan, figures: Mapping[str, Any]) -> dict[str, Any]:
         "weights": plan.weights,
         "figures": dict(figures),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "engine": engine(plan.recipe, plan.device),
     }
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from xception.data.loader import Batch
+from xception.ops.backend import active_backend, kernel_level, use_backend
 from xception.training.losses import balanced_weights, classification_loss
 from xception.training.prepare import Plan
+from xception.training.recipe import Recipe
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,6 +74,26 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[precision])
+
+
+def computing(recipe: Recipe) -> AbstractContextManager[None]:
+    """While steps of `recipe` are made: its backend, or, with `auto`, whatever was chosen outside.
+
+    Raises `ConfigError` where it demands the compiled extension and there is none.
+    """
+    return nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
+
+
+def engine(recipe: Recipe, device: torch.device) -> str:
+    """What computes the steps of `recipe` where separable units allow a choice, for people: "native, avx512"."""
+    if device.type != "cpu":
+        return f"torch on {device}"
+    with computing(recipe):
+        if active_backend() == "reference" or recipe.compile:
+            return "torch"
+        if recipe.precision == "fp16":
+            return "torch (the compiled extension trains in fp32 and bf16)"
+        return f"native, {kernel_level(recipe.precision)}"
 
 
 def train_step(
