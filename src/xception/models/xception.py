@@ -209,8 +209,8 @@ class XceptionBlock(nn.Module):
         y = train_units(self.units, x, pool=self.pool, shortcut="input" if identity else shortcut)
         if y is not None:
             return y
-        y = self.pool(self.units(x))
-        return y if shortcut is None else y + shortcut
+        one_by_one: Tensor = self.pool(self.units(x))
+        return one_by_one if shortcut is None else one_by_one + shortcut
 
 
 class Stem(nn.Module):

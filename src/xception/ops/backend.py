@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from xception._native import Network as Network
+    from xception._native import UnitTrainer as UnitTrainer
 
     Backend = Literal["native", "reference"]
     Precision = Literal["fp32", "bf16", "fp16"]
@@ -206,7 +207,12 @@ def new_network(precision: Precision, channels: int, threads: int, *, latency: b
 
 
 def new_unit_trainer(level: str, precision: Precision, threads: int) -> UnitTrainer:
-    """What trains separable units with these kernels; see `_native.pyi`. For `ops.units`, which has asked for both."""
+    """What trains separable units with these kernels; see `_native.pyi`.
+
+    Raises ConfigError where the extension is missing.
+    """
+    if _native is None:
+        raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
     trainer: UnitTrainer = _native.UnitTrainer(level, precision, threads)
     return trainer
 

@@ -5,8 +5,8 @@ whole module's units at once. Its definition is `reference.separable_units`; on 
 same is computed forward and backward by native/src/train.cpp, which fuses each unit's normalisation and ReLU into the
 next unit's load and computes in the backward pass again what PyTorch would store.
 
-Maps are float32, or bfloat16 under autocast; weights, sums and statistics are float32 always. Results repeat bit for bit
-for one number of threads.
+Maps are float32, or bfloat16 under autocast; weights, sums and statistics are float32 always. Results repeat bit for
+bit for one number of threads.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ def separable_units(
     tensors: list[Tensor | None] = []
     for unit in units:
         tensors += [unit.depthwise, unit.pointwise, unit.scale, unit.offset, unit.running_mean, unit.running_variance]
-    out, *statistics = _SeparableUnits.apply(plan, x, other, *tensors)  # type: ignore[no-untyped-call]
+    out, *statistics = _SeparableUnits.apply(plan, x, other, *tensors)
     for i, unit in enumerate(units):
         if unit.gathers and unit.momentum is not None:
-            _update(unit, statistics[2 * i], statistics[2 * i + 1], x.numel() // x.shape[1])
-    return out  # type: ignore[no-any-return]
+            _update(unit, unit.momentum, statistics[2 * i], statistics[2 * i + 1], x.numel() // x.shape[1])
+    result: Tensor = out
+    return result
 
 
 def covers(x: Tensor) -> bool:
@@ -111,13 +112,13 @@ def _map_type(x: Tensor) -> torch.dtype | None:
     return x.dtype if x.dtype == torch.float32 else None
 
 
-def _update(unit: Unit, mean: Tensor, variance: Tensor, count: int) -> None:
+def _update(unit: Unit, momentum: float, mean: Tensor, variance: Tensor, count: int) -> None:
     """Running statistics as PyTorch has them: the variance's is of the sample, divided by count - 1."""
     with torch.no_grad():
         if unit.running_mean is not None:
-            unit.running_mean.lerp_(mean, unit.momentum)
+            unit.running_mean.lerp_(mean, momentum)
         if unit.running_variance is not None:
-            unit.running_variance.lerp_(variance * (count / (count - 1)), unit.momentum)
+            unit.running_variance.lerp_(variance * (count / (count - 1)), momentum)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class _SeparableUnits(torch.autograd.Function):
         statistics: list[Tensor] = []
         for i, relu in enumerate(plan.input_relu):
             depthwise, pointwise, gamma, beta, running_mean, running_variance = tensors[6 * i : 6 * i + 6]
-            assert depthwise is not None and pointwise is not None
+            assert depthwise is not None
+            assert pointwise is not None
             out = pointwise.shape[0]
             z = torch.empty(trainer.blocked_bytes(out, sizes), dtype=torch.uint8)
             mean, variance = torch.empty(out), torch.empty(out)
@@ -163,7 +165,8 @@ class _SeparableUnits(torch.autograd.Function):
             )  # fmt: skip
             statistics += [mean, variance]
             if not plan.gathers[i]:
-                assert running_mean is not None and running_variance is not None
+                assert running_mean is not None
+                assert running_variance is not None
                 mean, variance = running_mean.detach().clone(), running_variance.detach()
             # y = z * scale + shift, with scale = gamma / sqrt(variance + epsilon)
             inverse = (variance.double() + plan.epsilon[i]).rsqrt()
@@ -200,7 +203,7 @@ class _SeparableUnits(torch.autograd.Function):
         return result.permute(0, 3, 1, 2), *statistics
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> Any:
         plan: _Plan = ctx.plan
         if gradient is None:
