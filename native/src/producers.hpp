@@ -95,7 +95,7 @@ inline void depthwise_3x3(const std::byte* const* rows, const V* weights, V bias
   }
 }
 
-template <class S, class T, bool Relu>
+template <class S, class T, bool Relu, bool Residual = false>
 void depthwise_rows(const ProducerArgs& a) {
   const Window& w = a.window;
   const Interior inside = interior(w);
@@ -113,7 +113,14 @@ void depthwise_rows(const ProducerArgs& a) {
       const std::byte* rows[kMaxKernel];
       window_rows(w, input, a.first_row + r, rows);
       std::byte* out = matrix + static_cast<std::int64_t>(r) * w.out_width * kLineBytes;
-      auto put = [&](int x, V v) { store(line<T>(out, x), activate(v, a.activation)); };
+      const std::byte* beside = nullptr;
+      if constexpr (Residual)
+        beside = a.residual + group_offset<T>(g, a.residual_block) +
+                 static_cast<std::int64_t>(r) * w.out_width * kLineBytes;
+      auto put = [&](int x, V v) {
+        if constexpr (Residual) v = add(v, load(line<T>(beside, x)));
+        store(line<T>(out, x), activate(v, a.activation));
+      };
       int x = 0;
       for (; x < inside.begin; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
       if (fast) {
@@ -145,6 +152,17 @@ void depthwise(const ProducerArgs& a) {
     depthwise_rows<S, T, true>(a);
   else
     depthwise_rows<S, T, false>(a);
+}
+
+// A depthwise convolution that is a layer by itself: what `depthwise` gives, in the activations' own type.
+template <class S>
+void filter(const ProducerArgs& a) {
+  if (a.residual == nullptr)
+    depthwise<S, S>(a);
+  else if (a.input_relu)
+    depthwise_rows<S, S, true, true>(a);
+  else
+    depthwise_rows<S, S, false, true>(a);
 }
 
 // --------------------------------------------------------------------------------------------------- patches
@@ -283,6 +301,7 @@ void max_pool(const PoolArgs& a) {
         }
         const int pixel = (a.first_row + r) * w.out_width + x;
         if (residual) best = add(best, load(line<S>(residual, pixel)));
+        if (a.relu) best = relu(best);
         store(line<S>(output, pixel), best);
       }
     }
