@@ -5,9 +5,9 @@ raises `Uncovered`, which names it. Submodules are `Any` to the type checker, wh
 done in float64: with ``s = gamma / sqrt(variance + epsilon)`` a normalised convolution is the convolution with weights
 ``s * w`` and bias ``beta - s * mean``.
 
-What is covered: every option of `XceptionConfig` and `AlignedConfig`. What is not: other families, modules of classes that
-are not this package's own (derived, parametrised, replaced), forward hooks, and normalisations without statistics. A
-head that the executor lacks an activation for runs in torch, behind pooled features that do not.
+What is covered: every option of `XceptionConfig` and `AlignedConfig`. What is not: other families, modules of classes
+that are not this package's own (derived, parametrised, replaced), forward hooks, and normalisations without statistics.
+A head that the executor lacks an activation for runs in torch, behind pooled features that do not.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _unit(
 ) -> int:
     """`rectified`: the ReLU before it is done already; `relu`: one is wanted behind it."""
     conv = unit.conv
-    last = {"residual": residual, "activation": "relu" if unit.output_relu or relu else "none"}
+    last: dict[str, Any] = {"residual": residual, "activation": "relu" if unit.output_relu or relu else "none"}
     if not _pointwise_first(conv):
         weights, bias = _folded(conv.pointwise.weight, unit.norm)
         return network.separable(
@@ -159,7 +159,7 @@ def _unit(
         filters = _filters(conv.depthwise.weight, scale)
         return network.depthwise(mixed, filters=filters, bias=bias, **_sampling(conv.depthwise), **last)
     first: Any = conv.segmented[0]
-    sampling = {"kernel": first.kernel_size[0], "dilation": first.dilation[0], **_padding(first)}
+    sampling: dict[str, Any] = {"kernel": first.kernel_size[0], "dilation": first.dilation[0], **_padding(first)}
     if conv.segments == conv.pointwise.out_channels:
         return network.depthwise(mixed, filters=_filters(first.weight, scale), bias=bias, **sampling, **last)
     weights = _segments(conv, scale)
