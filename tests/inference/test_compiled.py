@@ -49,7 +49,7 @@ COVERED: dict[str, tuple[str, dict[str, Any], int]] = {
     "one channel": ("xception", {**NARROW, "in_channels": 1}, 64),
     "aligned": ("xception41", {"middle_modules": 1, "num_classes": 5}, 65),
     "aligned, output stride 8": ("xception71", {"middle_modules": 1, "num_classes": 5, "output_stride": 8}, 65),
-    "pre-activated": ("xception41p", {"middle_modules": 2, "num_classes": 5}, 65),
+    "pre-activated": ("xception41p", {**NARROW, "middle_modules": 2}, 65),
     "pre-activated, output stride 16": (
         "xception65p",
         {"middle_modules": 2, "num_classes": 5, "output_stride": 16},
