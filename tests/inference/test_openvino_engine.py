@@ -129,7 +129,7 @@ def test_fp32_is_float32(narrow: nn.Module, compiled: Any) -> None:
 
 @pytest.mark.parametrize("name", ["inception_v1", "inception_v3", "mobilenet_v2"])
 def test_other_families(name: str) -> None:
-    size = 75 if name == "inception_v3" else 32
+    size = 75 if name == "inception_v3" else 64
     model = model_of(name, num_classes=5, input_size=size)
     compiled = xception.compile(model, num_threads=1)
     assert compiled.backend == "openvino"
@@ -198,6 +198,25 @@ def test_what_it_cannot_express_runs_in_torch(narrow: nn.Module) -> None:
         close(compiled(x), model(x))
     with pytest.raises(ConfigError, match="OpenVINO cannot run this network"):
         xception.compile(model, backend="openvino")
+
+
+def test_a_size_that_it_cannot_run(caplog: pytest.LogCaptureFixture) -> None:
+    """Its pools take no window beyond the padded map."""
+    model = model_of("inception_v1", num_classes=5, input_size=64)
+    x = torch.randn(2, 3, 33, 33)
+    reason = "OpenVINO cannot run this network at 33x33 pixels: aten.max_pool2d_with_indices.default"
+    with pytest.raises(ConfigError, match=reason):
+        xception.compile(model, backend="openvino")(x)
+    compiled = xception.compile(model)
+    assert compiled.backend == "openvino"
+    with torch.no_grad():
+        for size in (33, 64):
+            x = torch.randn(2, 3, size, size)
+            close(compiled(x), model(x))
+            assert (compiled.backend, compiled.reason) == ("torch", f"InceptionV1 is no Xception; {reason}")
+    assert [r.getMessage() for r in caplog.records if r.name == "xception" and r.levelname == "WARNING"] == [
+        f"xception: the network runs on torch from now on: {reason}"
+    ]
 
 
 def test_many_threads_at_once(compiled: Any) -> None:

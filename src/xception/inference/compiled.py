@@ -7,7 +7,8 @@ and machines that it does not cover go to OpenVINO where that is installed, else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -59,6 +60,7 @@ class CompiledModel:
         self._mean = self._per_channel("mean", mean, _MEAN_AND_STD[0])
         self._std = self._per_channel("std", std, _MEAN_AND_STD[1])
         self.reason: str | None = None
+        self._forced = backend != "auto"
         self._engine = self._choose(model, backend)
 
     def __repr__(self) -> str:
@@ -74,11 +76,17 @@ class CompiledModel:
         """
         if output not in OUTPUTS:
             raise ConfigError(f"output must be logits, features or pooled; got {output!r}")
-        return self._engine(self._channels_last(images), output)
+        batch = self._channels_last(images)
+        try:
+            return self._engine(batch, output)
+        except Unusable as unusable:  # OpenVINO, at this size
+            if self._forced:
+                raise ConfigError(str(unusable)) from unusable
+            return self._in_torch_from_now_on(unusable)(batch, output)
 
     # ---- building -------------------------------------------------------------------------------------------
 
-    def _choose(self, model: nn.Module, backend: Engine) -> Callable[[NDArray[np.float32], Output], Tensor]:
+    def _choose(self, model: nn.Module, backend: Engine) -> NativeEngine | OpenVinoEngine | TorchEngine:
         """The engine; `backend`, `reason` and `level` are set on the way."""
         options: dict[str, Any] = {
             "precision": self.precision,
@@ -112,6 +120,14 @@ class CompiledModel:
             self.reason = f"{why_not}; openvino is not installed"
         self.backend = "torch"
         return TorchEngine(model, precision=self.precision)
+
+    def _in_torch_from_now_on(self, why: Unusable) -> TorchEngine:
+        if isinstance(self._engine, OpenVinoEngine):  # no other thread was here first
+            engine = TorchEngine(self._engine.model, precision=self.precision)
+            self.backend, self.reason, self._engine = "torch", f"{self.reason}; {why}", engine
+            logging.getLogger("xception").warning("xception: the network runs on torch from now on: %s", why)
+        assert isinstance(self._engine, TorchEngine)
+        return self._engine
 
     @staticmethod
     def _why_not_native(backend: Engine) -> str | None:
@@ -176,7 +192,8 @@ def compile_model(
     engine's own (None: as many as torch has; in torch they are torch's). `mode` "throughput" takes several images
     through the network at once, one a thread, where a batch has them; "latency" lets all threads work on one.
     `backend` "auto" takes the compiled executor where it covers the network, else OpenVINO where it is installed and
-    has this precision here, else torch, and the result says which and why; a name forces that one.
+    has this precision here, else torch, and the result says which and why; a name forces that one. Where OpenVINO finds
+    at a call that it cannot run the network at that size, "auto" goes over to torch, and logs it.
     `mean` and `std`, one a channel on a scale of 0 to 1, are for uint8 images (None: 0.5, pixels to -1..1).
 
     Weights are copied: later training does not change the result. Raises `ConfigError` for a wrong argument, and where

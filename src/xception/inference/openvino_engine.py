@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xception.errors import ConfigError, MissingPackageError, XceptionError
+from xception.errors import MissingPackageError, XceptionError
 from xception.inference.embedding import OUTPUTS, AllOutputs, Output
 from xception.inference.precision import Precision
 from xception.ops.backend import use_backend
@@ -68,7 +68,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "INFERENCE_NUM_THREADS": num_threads,
         }
-        self._model = AllOutputs(copy.deepcopy(model).float().cpu()).eval()
+        self.model = copy.deepcopy(model).float().cpu().eval()
         self._channels = int(model.config.in_channels)  # type: ignore[union-attr, arg-type]
         self._queues: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
         self._lock = threading.Lock()
@@ -76,14 +76,14 @@ class OpenVinoEngine:
         self._queue_for(size, size)
 
     def __call__(self, batch: NDArray[np.float32], output: Output) -> Tensor:
-        """N H W C, contiguous -> logits N `num_classes`, features N C H' W', or pooled features N C."""
+        """N H W C, contiguous -> logits N `num_classes`, features N C H' W', or pooled features N C.
+
+        Raises `Unusable` where it cannot run the network at this size.
+        """
         images = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
         number = OUTPUTS.index(output)
         with self._lock:
-            try:
-                compiled, queue = self._queue_for(*images.shape[2:])
-            except Unusable as error:
-                raise ConfigError(str(error)) from error
+            compiled, queue = self._queue_for(*images.shape[2:])
             shape = tuple(compiled.output(number).shape)[1:]
             result = np.empty((len(images), *shape), np.float32)
 
@@ -111,17 +111,24 @@ class OpenVinoEngine:
             # By torch.export, since what is traced keeps sizes of the map as numbers that OpenVINO does not fold.
             with warnings.catch_warnings(), torch.no_grad(), use_backend("reference"):
                 warnings.simplefilter("ignore")
-                program = torch.export.export(self._model, (torch.zeros(shape),))
+                program = torch.export.export(AllOutputs(self.model).eval(), (torch.zeros(shape),))
                 network = self._openvino.convert_model(program)
             network.reshape(shape)
             compiled = self._core.compile_model(network, "CPU", self._settings)
         except XceptionError:
             raise
         except Exception as error:  # of many kinds, of two libraries: what they cannot express is their affair
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = _reason(error)
             logging.getLogger("xception").debug("xception: OpenVINO's refusal", exc_info=True)
             raise Unusable(f"OpenVINO cannot run this network at {height}x{width} pixels: {reason}") from error
         used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if used not in (_HINTS[self._precision], _TYPES[self._precision]):
             raise Unusable(f"OpenVINO would compute in {used} instead of {self._precision}")
         return compiled
+
+
+def _reason(error: Exception) -> str:
+    """Of a conversion's long report the operation that failed; else the first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    failed = [line.removeprefix("-- ").removesuffix(" with a message:") for line in lines if line.startswith("-- ")]
+    return (failed or lines or [type(error).__name__])[0]

@@ -102,7 +102,11 @@ class Predictor:
         self.info = info
         self.fast_decode = fast_decode
         self._runner = Runner(self.model, self.device, precision=precision, num_threads=num_threads, backend=backend)
-        self.engine = self._runner.engine
+
+    @property
+    def engine(self) -> str:
+        """What runs the network, and why not the compiled executor."""
+        return self._runner.engine
 
     @classmethod
     def load(

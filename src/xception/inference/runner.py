@@ -41,21 +41,25 @@ class Runner:
         floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
         self._dtype = next(floating, torch.float32)
         self._compiled: CompiledModel | None = None
-        reason = _why_torch(model, device, backend)
+        self._reason = reason = _why_torch(model, device, backend)
         if reason is None:
             compiled = compile_model(model, precision, num_threads=num_threads, backend=backend)
-            reason = compiled.reason
+            self._reason = compiled.reason
             self._compiled = compiled if compiled.backend != "torch" else None
         elif backend in ("native", "openvino"):
             name = "the compiled executor" if backend == "native" else "OpenVINO"
             raise ConfigError(f"{name} cannot be used: {reason}")
-        if self._compiled is not None and self._compiled.backend == "native":
-            self.engine = f"native, {self._compiled.level}, {precision}"
-        elif self._compiled is not None:
-            self.engine = f"openvino, {precision}: {reason}"
-        else:
-            self.engine = f"torch: {reason}" if precision == "fp32" else f"torch, {precision}: {reason}"
         logging.getLogger("xception").info("xception: the network runs on %s", self.engine)
+
+    @property
+    def engine(self) -> str:
+        """What runs, and why not the compiled executor."""
+        compiled, precision = self._compiled, self._precision
+        if compiled is None:
+            return f"torch: {self._reason}" if precision == "fp32" else f"torch, {precision}: {self._reason}"
+        if compiled.backend == "native":
+            return f"native, {compiled.level}, {precision}"
+        return f"{compiled.backend}, {precision}: {compiled.reason}"
 
     def logits(self, images: Tensor) -> Tensor:
         """N C H W, normalised -> N `num_classes`, float64 on the CPU."""
