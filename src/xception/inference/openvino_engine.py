@@ -12,6 +12,8 @@ import logging
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -109,8 +111,7 @@ class OpenVinoEngine:
         shape = (1, self._channels, height, width)
         try:
             # By torch.export, since what is traced keeps sizes of the map as numbers that OpenVINO does not fold.
-            with warnings.catch_warnings(), torch.no_grad(), use_backend("reference"):
-                warnings.simplefilter("ignore")
+            with _warnings_and_logging_kept(), torch.no_grad(), use_backend("reference"):
                 program = torch.export.export(AllOutputs(self.model).eval(), (torch.zeros(shape),))
                 network = self._openvino.convert_model(program)
             network.reshape(shape)
@@ -125,6 +126,20 @@ class OpenVinoEngine:
         if used not in (_HINTS[self._precision], _TYPES[self._precision]):
             raise Unusable(f"OpenVINO would compute in {used} instead of {self._precision}")
         return compiled
+
+
+@contextmanager
+def _warnings_and_logging_kept() -> Iterator[None]:
+    """Nothing is warned of inside; and the root logger, which a failed conversion leaves changed, is put back."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
 
 
 def _reason(error: Exception) -> str:
