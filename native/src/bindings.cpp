@@ -232,6 +232,8 @@ void bind_network(nb::module_& m) {
 NB_MODULE(_native, m) {
   m.doc() = "The compiled part of xception.";
   m.attr("INTERFACE") = kInterface;
+  // At the end of a process networks may still be held, by a module's globals or torch's registry: that is no leak.
+  nb::set_leak_warnings(false);
   bind_network(m);
   m.def("cpu_name", &xception::cpu_name, "The processor's own name; empty where it does not tell.");
   m.def(

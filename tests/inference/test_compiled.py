@@ -26,6 +26,7 @@ pytest.importorskip("xception._native")
 NARROW: dict[str, Any] = {
     "entry_widths": (24, 40, 56), "middle_modules": 2, "exit_widths": (70, 80, 90), "num_classes": 7,
 }  # fmt: skip
+MODES: tuple[Any, ...] = ("throughput", "latency")
 # The relative difference that half precision may make over a whole network of random weights.
 NETWORK_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 6e-3}
 
@@ -233,15 +234,23 @@ def test_the_input_and_the_model_are_left_alone(narrow: nn.Module) -> None:
     assert torch.equal(compiled(x), result)
 
 
-@pytest.mark.parametrize("mode", ["throughput", "latency"])
-def test_numbers_depend_on_nothing_but_the_image(narrow: nn.Module, mode: Any) -> None:
-    x = images(narrow, 9, 64, 64)
-    one = xception.compile(narrow, num_threads=1)
-    expected = torch.cat([one(x[i : i + 1]) for i in range(9)])
-    for threads in (1, 2, 3):
-        compiled = xception.compile(narrow, num_threads=threads, mode=mode)
-        for count in (1, 2, 5, 9):
-            assert torch.equal(compiled(x[:count]), expected[:count])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", ["the paper's, narrow", "pre-activated", "pointwise first", "segments"])
+def test_numbers_depend_on_nothing_but_the_image(case: str, precision: Any) -> None:
+    """To the last bit: in either mode, with any number of threads, in a batch of any size; odd images too."""
+    name, options, _ = COVERED[case]
+    model = model_of(name, options)
+    one = xception.compile(model, precision, num_threads=1)
+    every = [xception.compile(model, precision, num_threads=n, mode=mode) for n in (1, 2, 3) for mode in MODES]
+    for height, width in ((64, 64), (45, 37)):
+        x = images(model, 9, height, width)
+        expected = torch.cat([one(x[i : i + 1]) for i in range(9)])
+        features = one(x, "features")
+        for compiled in every:
+            for count in (0, 1, 2, 5, 9):
+                assert torch.equal(compiled(x[:count]), expected[:count])
+            assert torch.equal(compiled(x, "features"), features)
+            assert compiled(x[:0], "pooled").shape == (0, features.shape[1])
 
 
 def test_many_threads_at_once(narrow: nn.Module) -> None:
