@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ needs_native = pytest.mark.skipif(not machine.native_available(), reason="withou
 
 OPTIONS: dict[str, Any] = {
     "num_classes": 5, "entry_widths": (24, 40, 56), "middle_modules": 1, "exit_widths": (70, 80, 90),
+    "input_size": 75,
 }  # fmt: skip
 
 
@@ -325,8 +327,10 @@ def test_the_command_takes_precision_threads_and_backend(
     bundle: str, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
+    openvino = [(["--backend", "openvino", "--threads", "1"], "openvino, fp32: asked for")]
     try:
         for options, engine in (
+            *(openvino if find_spec("openvino") else ()),
             (["--backend", "torch", "--threads", "1"], "torch: asked for"),
             (["--precision", "bf16", "--threads", "2", "--fast-decode"], _predictor(precision="bf16").engine),
         ):
