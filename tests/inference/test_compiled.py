@@ -253,6 +253,32 @@ def test_numbers_depend_on_nothing_but_the_image(case: str, precision: Any) -> N
             assert compiled(x[:0], "pooled").shape == (0, features.shape[1])
 
 
+@pytest.mark.parametrize(("level", "kind"), QUICK_LEVELS)
+@pytest.mark.parametrize("case", ["the paper's, narrow", "pre-activated", "pointwise first", "segments"])
+def test_what_is_not_finite_stays_in_its_image(case: str, level: str, kind: str) -> None:
+    """And is seen in its scores, however many images go through the layers together."""
+    name, options, size = COVERED[case]
+    model = model_of(name, options)
+    x = images(model, 3, size, size).permute(0, 2, 3, 1).numpy().copy()
+    net = network(level, kind, 3, 1)
+    value = lower(model, net).logits
+    assert value is not None
+
+    def logits(batch: Any) -> Any:
+        output = np.full((len(batch), *net.shape(value, size, size)), 7.0, np.float32)
+        net.run(np.ascontiguousarray(batch), value, output)
+        return output[:, 0, 0]
+
+    expected = logits(x)
+    assert np.isfinite(expected).all()
+    for bad in (np.nan, np.inf, -np.inf):
+        spoiled = x.copy()
+        spoiled[1, 20, 30] = bad
+        found = logits(spoiled)
+        assert not np.isfinite(found[1]).any()
+        assert np.array_equal(found[[0, 2]], expected[[0, 2]])
+
+
 def test_many_threads_at_once(narrow: nn.Module) -> None:
     compiled = xception.compile(narrow, num_threads=2)
     inputs = [images(narrow, 1 + i % 3, 40, 40 + i) for i in range(8)]
@@ -385,6 +411,8 @@ def test_wrong_use(narrow: nn.Module) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             compile_model(narrow, **{name: value})
+    with pytest.raises(ConfigError, match="expected a network of the registry, got Linear"):
+        compile_model(nn.Linear(2, 3))
     compiled: CompiledModel = xception.compile(narrow)
     x = images(narrow, 1, 64, 64)
     wrong: list[tuple[Any, str]] = [

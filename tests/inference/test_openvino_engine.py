@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -217,6 +219,29 @@ def test_a_size_that_it_cannot_run(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.getMessage() for r in caplog.records if r.name == "xception" and r.levelname == "WARNING"] == [
         f"xception: the network runs on torch from now on: {reason}"
     ]
+
+
+_FORK = """
+import os, torch, xception
+torch.manual_seed(0)
+model = xception.create_model("xception_small").eval()
+compiled = xception.compile(model, backend="openvino", num_threads=2)
+x = torch.randn(3, 3, 28, 28)
+expected = compiled(x)
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(torch.equal(compiled(x), expected) for _ in range(3)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(compiled(x), expected)
+print("well")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_a_fork() -> None:
+    done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "well\n", done.stderr
 
 
 def test_many_threads_at_once(compiled: Any) -> None:

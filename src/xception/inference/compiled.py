@@ -199,6 +199,8 @@ def compile_model(
     Weights are copied: later training does not change the result. Raises `ConfigError` for a wrong argument, and where
     the engine that `backend` names cannot run the network (`MissingPackageError` where it is not installed).
     """
+    if not hasattr(model, "config"):
+        raise ConfigError(f"expected a network of the registry, got {type(model).__name__}")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if mode not in ("throughput", "latency"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -55,7 +56,8 @@ class OpenVinoEngine:
     """A copy of `model`, in eval mode, converted for its config's `input_size` at once and for others when they come.
 
     Raises `Unusable` where the plugin has not this precision here, or cannot express the network, and
-    `MissingPackageError` where openvino is not installed. Calls from several threads are safe, and wait for each other.
+    `MissingPackageError` where openvino is not installed. Calls from several threads are safe, and wait for each other;
+    a forked process converts the network again.
     """
 
     def __init__(self, model: nn.Module, *, precision: Precision, num_threads: int, latency: bool) -> None:
@@ -72,8 +74,8 @@ class OpenVinoEngine:
         }
         self.model = copy.deepcopy(model).float().cpu().eval()
         self._channels = int(model.config.in_channels)  # type: ignore[union-attr, arg-type]
-        self._queues: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._inherited: list[Any] = []
+        self._begin()
         size = int(model.config.input_size)  # type: ignore[union-attr, arg-type]
         self._queue_for(size, size)
 
@@ -84,6 +86,12 @@ class OpenVinoEngine:
         """
         images = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
         number = OUTPUTS.index(output)
+        if os.getpid() != self._process:
+            # The threads of a forked process's parent are not there: its requests would wait for them for ever, and
+            # so might their end.
+            self._inherited.append((self._core, self._queues))
+            self._core = self._openvino.Core()
+            self._begin()
         with self._lock:
             compiled, queue = self._queue_for(*images.shape[2:])
             shape = tuple(compiled.output(number).shape)[1:]
@@ -97,6 +105,11 @@ class OpenVinoEngine:
                 queue.start_async([images[image : image + 1]], userdata=image)
             queue.wait_all()
         return torch.from_numpy(result)
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._queues: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def _queue_for(self, height: int, width: int) -> tuple[Any, Any]:
         if (height, width) not in self._queues:
