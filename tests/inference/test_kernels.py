@@ -260,6 +260,35 @@ def test_no_images(level: str, kind: str, layer: str) -> None:
     assert Layer(case).computed(level, kind, torch.zeros(0, 5, 7, 9)).shape == (0, out, 7, 9)
 
 
+@pytest.mark.parametrize(("level", "kind"), LEVELS)
+@pytest.mark.parametrize("maximum", [False, True])
+@pytest.mark.parametrize("channels", [1, 16, 33])
+def test_heads(level: str, kind: str, maximum: bool, channels: int) -> None:
+    """Pooling and linear layers, which are in float32 whatever the activations are."""
+    net = network(level, kind, channels, threads=2)
+    pooled = net.reduce(net.load(), maximum=maximum)
+    weights, bias = numbers(37, channels, seed=1), numbers(37, seed=2)
+    hidden = net.linear(pooled, weights=weights, bias=bias, activation="elu")
+    last = net.linear(hidden, weights=weights[:5].repeat(37, axis=1)[:, :37].copy())
+    for count, height, width in ((0, 3, 4), (1, 1, 1), (5, 7, 3)):
+        x = numbers(count, height, width, channels, seed=3)
+        if count > 1:
+            x[1, 0, 0, 0] = np.nan
+        exact = torch.from_numpy(x).double()
+        expected = exact.amax((1, 2)) if maximum else exact.mean((1, 2))
+        for value, function in (
+            (pooled, lambda y: y),
+            (hidden, lambda y: F.elu(F.linear(y, torch.from_numpy(weights).double(), torch.from_numpy(bias).double()))),
+            (last, lambda y: F.linear(y, torch.from_numpy(weights[:5].repeat(37, axis=1)[:, :37]).double())),
+        ):
+            expected = function(expected)
+            output = np.full((count, *net.shape(value, height, width)), 12345.0, np.float32)
+            net.run(x, value, output)
+            found = torch.from_numpy(output)[:, 0, 0].double()
+            tolerance = 1e-5 * max(1.0, float(expected.nan_to_num().abs().max()) if count else 0.0)
+            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9])
 def test_numbers_do_not_depend_on_the_threads(threads: int, count: int) -> None:
