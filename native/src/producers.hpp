@@ -95,12 +95,23 @@ inline void depthwise_3x3(const std::byte* const* rows, const V* weights, V bias
   }
 }
 
+// The same for pixels, or taps, that lie apart; `x` is the first column that is read.
+template <class S, bool Relu, int N>
+inline void depthwise_3x3_apart(const Window& w, const std::byte* const* rows, const V* weights, V bias, int x,
+                                V* sums) {
+  for (int i = 0; i < N; ++i) sums[i] = bias;
+  for (int ky = 0; ky < 3; ++ky)
+    for (int kx = 0; kx < 3; ++kx)
+      for (int i = 0; i < N; ++i)
+        sums[i] = fma(tap<S, Relu>(rows[ky], x + i * w.stride + kx * w.dilation), weights[ky * 3 + kx], sums[i]);
+}
+
 template <class S, class T, bool Relu, bool Residual = false>
 void depthwise_rows(const ProducerArgs& a) {
   const Window& w = a.window;
   const Interior inside = interior(w);
   const int groups = a.channels / kGroup;
-  const bool fast = w.kernel == 3 && w.stride == 1;
+  const bool fast = w.kernel == 3;
   for (int g = 0; g < groups; ++g) {
     const std::byte* input = a.input + group_offset<S>(g, a.input_block);
     std::byte* matrix = a.matrix + group_offset<T>(g, a.matrix_block);
@@ -126,19 +137,17 @@ void depthwise_rows(const ProducerArgs& a) {
       if (fast) {
         const std::byte* three[3];
         for (int k = 0; k < 3; ++k) three[k] = rows[k] ? rows[k] : a.zeros;
-        if (w.dilation == 1) {
-          V sums[4];
-          for (; x + 4 <= inside.end; x += 4) {
+        V sums[4];
+        for (; x + 4 <= inside.end; x += 4) {
+          if (w.stride == 1 && w.dilation == 1)
             depthwise_3x3<S, Relu, 4>(three, filter, bias, x - w.pad_left, sums);
-            for (int i = 0; i < 4; ++i) put(x + i, sums[i]);
-          }
+          else
+            depthwise_3x3_apart<S, Relu, 4>(w, three, filter, bias, x * w.stride - w.pad_left, sums);
+          for (int i = 0; i < 4; ++i) put(x + i, sums[i]);
         }
         for (; x < inside.end; ++x) {
-          V sum = bias;
-          for (int ky = 0; ky < 3; ++ky)
-            for (int kx = 0; kx < 3; ++kx)
-              sum = fma(tap<S, Relu>(three[ky], x - w.pad_left + kx * w.dilation), filter[ky * 3 + kx], sum);
-          put(x, sum);
+          depthwise_3x3_apart<S, Relu, 1>(w, three, filter, bias, x * w.stride - w.pad_left, sums);
+          put(x, sums[0]);
         }
       }
       for (; x < w.out_width; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
