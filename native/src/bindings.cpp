@@ -144,24 +144,38 @@ void bind_network(nb::module_& m) {
       .def(
           "depthwise",
           [](Network& n, int input, const Floats<2>& filters, const std::optional<Floats<1>>& bias, int kernel,
-             int stride, int dilation, const std::string& padding, int amount, bool input_relu,
+             int stride, int dilation, const std::string& padding, int amount, bool input_relu, int residual,
              const std::string& activation) {
             return n.depthwise(input, sampling_of(kernel, stride, dilation, padding, amount),
-                               {filters.data(), filters.size()}, numbers(bias), input_relu,
+                               {filters.data(), filters.size()}, numbers(bias), input_relu, residual,
                                activation_of(activation));
           },
           given, nb::kw_only(), nb::arg("filters").noconvert(), nb::arg("bias").noconvert().none() = nb::none(),
           "kernel"_a, "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0,
-          "input_relu"_a = false, "activation"_a = "none",
-          "A depthwise convolution, in fp32; filters (k * k) x in. Returns the number of its value.")
+          "input_relu"_a = false, "residual"_a = -1, "activation"_a = "none",
+          "A depthwise convolution by itself; filters (k * k) x in. Returns the number of its value.")
+      .def(
+          "grouped",
+          [](Network& n, int input, const Floats<2>& weights, const std::optional<Floats<1>>& bias, int segments,
+             int kernel, int stride, int dilation, const std::string& padding, int amount, int residual,
+             const std::string& activation) {
+            return n.grouped(input, sampling_of(kernel, stride, dilation, padding, amount), segments,
+                             {weights.data(), weights.size()}, numbers(bias), residual, activation_of(activation));
+          },
+          given, nb::kw_only(), nb::arg("weights").noconvert(), nb::arg("bias").noconvert().none() = nb::none(),
+          "segments"_a, "kernel"_a, "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0,
+          "residual"_a = -1, "activation"_a = "none",
+          "A convolution over each of `segments` channel segments, as equal as can be, the wider ones first; weights "
+          "channels x (k * k * widest), zeros behind a narrower segment's. Returns the number of its value.")
       .def(
           "pool",
           [](Network& n, int input, int kernel, int stride, int dilation, const std::string& padding, int amount,
-             int residual) {
-            return n.pool(input, sampling_of(kernel, stride, dilation, padding, amount), residual);
+             int residual, bool relu) {
+            return n.pool(input, sampling_of(kernel, stride, dilation, padding, amount), residual, relu);
           },
           given, nb::kw_only(), "kernel"_a, "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0,
-          "residual"_a = -1, "A max-pool, to which `residual` is added. Returns the number of its value.")
+          "residual"_a = -1, "relu"_a = false,
+          "A max-pool, to which `residual` is added, and of that the ReLU. Returns the number of its value.")
       .def("reduce", &Network::reduce, given, nb::kw_only(), "maximum"_a = false,
            "The mean, or the maximum, over each image's pixels. Returns the number of its value.")
       .def(
@@ -221,6 +235,8 @@ bool runs_kernels(const std::string& level, const std::string& type) {
 NB_MODULE(_native, m) {
   m.doc() = "The compiled part of xception.";
   m.attr("INTERFACE") = kInterface;
+  // At the end of a process networks may still be held, by a module's globals or torch's registry: that is no leak.
+  nb::set_leak_warnings(false);
   bind_network(m);
   bind_train(m);
   m.def("cpu_name", &xception::cpu_name, "The processor's own name; empty where it does not tell.");

@@ -14,7 +14,7 @@ constexpr std::int64_t kLargeMap = 512 << 10;  // smaller ones stay in the cache
 constexpr std::int64_t kBandBytes = 768 << 10;  // of a second-level cache of a megabyte or two
 
 bool goes_by_rows(Kind kind) {
-  return kind == Kind::image || kind == Kind::convolution || kind == Kind::separable || kind == Kind::pool;
+  return kind != Kind::load && kind != Kind::reduce && kind != Kind::linear;
 }
 
 // How many input rows that many neighbouring output rows read.

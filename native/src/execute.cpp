@@ -124,6 +124,7 @@ void Network::run_rows(const Layer& layer, const Window& window, const Rows& row
     args.residual_block = rows.residual.block;
     args.output = rows.output.data;
     args.output_block = rows.output.block;
+    args.relu = layer.activation == Activation::relu;
     args.groups = panels_of(layer.out_channels) * 2;
     args.first_row = rows.first;
     args.rows = rows.count;
@@ -133,9 +134,24 @@ void Network::run_rows(const Layer& layer, const Window& window, const Rows& row
     ProducerArgs args = producer_for(layer, window, rows, worker);
     args.first_row = rows.first;
     args.rows = rows.count;
-    args.matrix = rows.output.data + static_cast<std::int64_t>(rows.first) * window.out_width * kLineBytes;
+    const std::int64_t pixels = static_cast<std::int64_t>(rows.first) * window.out_width * kLineBytes;
+    args.channels = whole_lines(layer.in_channels, type_);
+    args.matrix = rows.output.data + pixels;
     args.matrix_block = rows.output.block;
-    return kernels_->depthwise(args);
+    args.residual = rows.residual.data == nullptr ? nullptr : rows.residual.data + pixels;
+    args.residual_block = rows.residual.block;
+    return kernels_->filter(args);
+  }
+  if (layer.kind == Kind::grouped) {
+    const int blocks = kPanel / lane_count(type_);  // of a panel's channels
+    for (const Section& section : layer.sections) {
+      Rows part = rows;
+      part.input.data += section.first_panel_in * blocks * rows.input.block;
+      part.output.data += section.first_panel * blocks * rows.output.block;
+      if (rows.residual.data != nullptr) part.residual.data += section.first_panel * blocks * rows.residual.block;
+      run_product(section.layer, window, part, worker);
+    }
+    return;
   }
   run_product(layer, window, rows, worker);
 }
@@ -167,6 +183,7 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
     case Kind::image:
     case Kind::depthwise:
     case Kind::convolution:
+    case Kind::grouped:
     case Kind::separable:
     case Kind::pool: {
       const Window& window = layout.windows[index];

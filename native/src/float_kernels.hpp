@@ -8,6 +8,7 @@ constexpr Kernels float_kernels(Type type) {
       .matrix_type = Type::f32,
       .depth_unit = 1,
       .depthwise = depthwise<S, float>,
+      .filter = filter<S>,
       .patches = patches<S, float>,
       .image = image_patches<float>,
       .load = load_blocks<S>,

@@ -37,6 +37,8 @@ struct ProducerArgs {
   const float* weights = nullptr;  // depthwise: [groups][kernel * kernel][16]
   const float* bias = nullptr;     // depthwise: [groups * 16], or null
   Activation activation = Activation::none;
+  const std::byte* residual = nullptr;  // `filter` only: at the output's first pixel, or null
+  std::int64_t residual_block = 0;
   const std::byte* zeros = nullptr;  // `in_width` lines of zeros: a row outside of the map
   int first_row = 0, rows = 0;       // output rows
   std::byte* matrix = nullptr;
@@ -51,6 +53,7 @@ struct PoolArgs {
   std::int64_t residual_block = 0;
   std::byte* output = nullptr;
   std::int64_t output_block = 0;
+  bool relu = false;
   int groups = 0;
   int first_row = 0, rows = 0;
 };
@@ -102,6 +105,7 @@ struct Kernels {
   Type matrix_type = Type::f32;
   int depth_unit = 1;  // `multiply` reads K up to a multiple of this: weights are padded with zeros
   void (*depthwise)(const ProducerArgs&) = nullptr;
+  void (*filter)(const ProducerArgs&) = nullptr;  // a depthwise convolution whose `matrix` is a map of the activations
   void (*patches)(const ProducerArgs&) = nullptr;
   void (*image)(const ProducerArgs&) = nullptr;
   void (*load)(const CopyArgs&) = nullptr;   // lanes behind the last channel become zero

@@ -18,6 +18,7 @@ constexpr Kernels table(Type type) {
       .matrix_type = type,
       .depth_unit = 32,
       .depthwise = depthwise<Half, Half>,
+      .filter = filter<Half>,
       .patches = patches<Half, Half>,
       .image = image_patches<Half>,
       .load = load_blocks<Half>,

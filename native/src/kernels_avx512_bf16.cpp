@@ -15,6 +15,7 @@ constexpr Kernels kTable{
     .type = Type::bf16,
     .matrix_type = Type::bf16,
     .depthwise = depthwise<bf16, bf16>,
+    .filter = filter<bf16>,
     .patches = patches<bf16, bf16>,
     .image = image_patches<bf16>,
     .load = load_blocks<bf16>,

@@ -14,6 +14,7 @@
 #endif
 
 #include "halves.hpp"
+#include "sizes.hpp"
 
 namespace xception {
 
@@ -192,6 +193,57 @@ int Network::convolution(int input, const Sampling& sampling, int out_channels, 
   return layer.output;
 }
 
+int Network::grouped(int input, const Sampling& sampling, int segments, std::span<const float> weights,
+                     std::span<const float> bias, int residual, Activation activation) {
+  check_sampling(sampling);
+  const int taps = sampling.kernel * sampling.kernel, channels = channels_of(input);
+  if (segments < 1 || segments > channels) refuse("expected 1 to " + std::to_string(channels) + " segments");
+  const int narrow = channels / segments, wider = channels % segments, widest = ceil_div(channels, segments);
+  check_size(weights, static_cast<std::int64_t>(channels) * taps * widest, false, "weights");
+  check_size(bias, channels, true, "bias");
+  // Where the segment of a channel begins, and how wide it is.
+  const auto segment_of = [&](int channel) {
+    const bool wide = channel < wider * (narrow + 1);
+    const int width = wide ? narrow + 1 : narrow, first = wide ? 0 : wider * (narrow + 1);
+    return std::pair{first + (channel - first) / width * width, width};
+  };
+  Layer& layer = add(Kind::grouped, input, channels, residual);
+  layer.sampling = sampling;
+  layer.activation = activation;
+  for (int panel = 0; panel < panels_of(channels);) {
+    const auto read_by = [&](int p) {
+      const auto [last, width] = segment_of(std::min((p + 1) * kPanel, channels) - 1);
+      return std::pair{segment_of(p * kPanel).first / kPanel, panels_of(last + width)};
+    };
+    const auto [in_begin, in_end] = read_by(panel);
+    int end = panel + 1;
+    while (end < panels_of(channels) && read_by(end) == std::pair{in_begin, in_end}) ++end;
+    const int first = panel * kPanel, first_in = in_begin * kPanel;
+    Section& section = layer.sections.emplace_back();
+    section.first_panel = panel;
+    section.first_panel_in = in_begin;
+    Layer& part = section.layer;
+    part.kind = Kind::convolution;
+    part.sampling = sampling;
+    part.activation = activation;
+    part.in_channels = std::min(in_end * kPanel, channels) - first_in;
+    part.out_channels = std::min(end * kPanel, channels) - first;
+    const int padded_in = rounded_up(part.in_channels, lane_count(kernels_->matrix_type));
+    part.depth = taps * padded_in;
+    layer.depth = std::max(layer.depth, part.depth);
+    std::vector<float> dense(index_of(part.out_channels) * index_of(part.depth), 0.0f);
+    for (int o = 0; o < part.out_channels; ++o) {
+      const auto [begin, width] = segment_of(first + o);
+      for (int tap = 0; tap < taps; ++tap)
+        std::copy_n(weights.data() + (static_cast<std::ptrdiff_t>(first + o) * taps + tap) * widest, width,
+                    dense.data() + static_cast<std::ptrdiff_t>(o) * part.depth + tap * padded_in + begin - first_in);
+    }
+    pack(part, dense, bias.empty() ? bias : bias.subspan(index_of(first), index_of(part.out_channels)));
+    panel = end;
+  }
+  return layer.output;
+}
+
 int Network::separable(int input, const Sampling& sampling, std::span<const float> filters,
                        std::span<const float> filter_bias, Activation middle, int out_channels,
                        std::span<const float> weights, std::span<const float> bias, bool input_relu, int residual,
@@ -214,13 +266,12 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
 }
 
 int Network::depthwise(int input, const Sampling& sampling, std::span<const float> filters,
-                       std::span<const float> bias, bool input_relu, Activation activation) {
+                       std::span<const float> bias, bool input_relu, int residual, Activation activation) {
   check_sampling(sampling);
   const int taps = sampling.kernel * sampling.kernel, in = channels_of(input);
   check_size(filters, static_cast<std::int64_t>(taps) * in, false, "filters");
   check_size(bias, in, true, "bias");
-  if (kernels_->matrix_type != type_) refuse("a depthwise convolution by itself is for fp32");
-  Layer& layer = add(Kind::depthwise, input, in, -1);
+  Layer& layer = add(Kind::depthwise, input, in, residual);
   layer.sampling = sampling;
   layer.input_relu = input_relu;
   layer.middle = activation;
@@ -231,7 +282,9 @@ int Network::depthwise(int input, const Sampling& sampling, std::span<const floa
 // [taps][channels] as [groups][taps][16], padded with zeros.
 void Network::pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) const {
   const int taps = layer.sampling.kernel * layer.sampling.kernel, in = layer.in_channels;
-  const int groups = rounded_up(in, lane_count(kernels_->matrix_type)) / kGroup;  // whole lines
+  // Whole lines of what is written.
+  const Type written = layer.kind == Kind::depthwise ? type_ : kernels_->matrix_type;
+  const int groups = rounded_up(in, lane_count(written)) / kGroup;
   layer.filters = Buffer(sizeof(float) * static_cast<std::size_t>(groups * taps * kGroup));
   auto* out = reinterpret_cast<float*>(layer.filters.data());
   for (int g = 0; g < groups; ++g)
@@ -243,10 +296,11 @@ void Network::pack_filters(Layer& layer, std::span<const float> filters, std::sp
   if (!bias.empty()) layer.filter_bias = padded(bias, groups * kGroup);
 }
 
-int Network::pool(int input, const Sampling& sampling, int residual) {
+int Network::pool(int input, const Sampling& sampling, int residual, bool relu) {
   check_sampling(sampling);
   Layer& layer = add(Kind::pool, input, channels_of(input), residual);
   layer.sampling = sampling;
+  layer.activation = relu ? Activation::relu : Activation::none;
   return layer.output;
 }
 
@@ -275,8 +329,13 @@ int Network::beside_channels() const {
 
 std::size_t Network::weight_bytes() const {
   std::size_t total = 0;
-  for (const Layer& layer : layers_)
+  const auto add = [&](const Layer& layer) {
     total += layer.weights.size() + layer.bias.size() + layer.filters.size() + layer.filter_bias.size();
+  };
+  for (const Layer& layer : layers_) {
+    add(layer);
+    for (const Section& section : layer.sections) add(section.layer);
+  }
   return total;
 }
 

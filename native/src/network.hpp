@@ -23,7 +23,7 @@ struct Sampling {
   int amount = 0;
 };
 
-enum class Kind : std::uint8_t { load, image, depthwise, convolution, separable, pool, reduce, linear };
+enum class Kind : std::uint8_t { load, image, depthwise, convolution, grouped, separable, pool, reduce, linear };
 
 // Memory for kernels: aligned to lines, and not initialised.
 class Buffer {
@@ -41,6 +41,8 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
+struct Section;
+
 struct Layer {
   Kind kind{};
   int input = -1, output = -1, residual = -1;  // values; -1: none
@@ -54,6 +56,14 @@ struct Layer {
   Buffer filters, filter_bias;  // depthwise
   Buffer weights, bias;
   std::int64_t panel_bytes = 0;
+  std::vector<Section> sections;  // grouped
+};
+
+// Of a grouped convolution: panels of output channels that read the same panels of input channels. It is an ordinary
+// convolution from these to those, with zeros for the channels of another segment.
+struct Section {
+  int first_panel_in = 0, first_panel = 0;
+  Layer layer;
 };
 
 // The sizes of one value, and where it lies in the arena.
@@ -113,13 +123,17 @@ class Network {
   int load(int channels);
   int convolution(int input, const Sampling& sampling, int out_channels, std::span<const float> weights,
                   std::span<const float> bias, bool input_relu, int residual, Activation activation);
+  // Channels in `segments` as equal as can be, the wider ones first; each output channel reads those of its segment.
+  // Weights are [channels, k, k, widest], with zeros behind a narrower segment's.
+  int grouped(int input, const Sampling& sampling, int segments, std::span<const float> weights,
+              std::span<const float> bias, int residual, Activation activation);
   int separable(int input, const Sampling& sampling, std::span<const float> filters,
                 std::span<const float> filter_bias, Activation middle, int out_channels,
                 std::span<const float> weights, std::span<const float> bias, bool input_relu, int residual,
                 Activation activation);
   int depthwise(int input, const Sampling& sampling, std::span<const float> filters, std::span<const float> bias,
-                bool input_relu, Activation activation);
-  int pool(int input, const Sampling& sampling, int residual);
+                bool input_relu, int residual, Activation activation);
+  int pool(int input, const Sampling& sampling, int residual, bool relu);
   int reduce(int input, bool maximum);
   int linear(int input, int out_channels, std::span<const float> weights, std::span<const float> bias,
              Activation activation);

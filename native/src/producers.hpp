@@ -95,12 +95,23 @@ inline void depthwise_3x3(const std::byte* const* rows, const V* weights, V bias
   }
 }
 
-template <class S, class T, bool Relu>
+// The same for pixels, or taps, that lie apart; `x` is the first column that is read.
+template <class S, bool Relu, int N>
+inline void depthwise_3x3_apart(const Window& w, const std::byte* const* rows, const V* weights, V bias, int x,
+                                V* sums) {
+  for (int i = 0; i < N; ++i) sums[i] = bias;
+  for (int ky = 0; ky < 3; ++ky)
+    for (int kx = 0; kx < 3; ++kx)
+      for (int i = 0; i < N; ++i)
+        sums[i] = fma(tap<S, Relu>(rows[ky], x + i * w.stride + kx * w.dilation), weights[ky * 3 + kx], sums[i]);
+}
+
+template <class S, class T, bool Relu, bool Residual = false>
 void depthwise_rows(const ProducerArgs& a) {
   const Window& w = a.window;
   const Interior inside = interior(w);
   const int groups = a.channels / kGroup;
-  const bool fast = w.kernel == 3 && w.stride == 1;
+  const bool fast = w.kernel == 3;
   for (int g = 0; g < groups; ++g) {
     const std::byte* input = a.input + group_offset<S>(g, a.input_block);
     std::byte* matrix = a.matrix + group_offset<T>(g, a.matrix_block);
@@ -113,25 +124,30 @@ void depthwise_rows(const ProducerArgs& a) {
       const std::byte* rows[kMaxKernel];
       window_rows(w, input, a.first_row + r, rows);
       std::byte* out = matrix + static_cast<std::int64_t>(r) * w.out_width * kLineBytes;
-      auto put = [&](int x, V v) { store(line<T>(out, x), activate(v, a.activation)); };
+      const std::byte* beside = nullptr;
+      if constexpr (Residual)
+        beside = a.residual + group_offset<T>(g, a.residual_block) +
+                 static_cast<std::int64_t>(r) * w.out_width * kLineBytes;
+      auto put = [&](int x, V v) {
+        if constexpr (Residual) v = add(v, load(line<T>(beside, x)));
+        store(line<T>(out, x), activate(v, a.activation));
+      };
       int x = 0;
       for (; x < inside.begin; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
       if (fast) {
         const std::byte* three[3];
         for (int k = 0; k < 3; ++k) three[k] = rows[k] ? rows[k] : a.zeros;
-        if (w.dilation == 1) {
-          V sums[4];
-          for (; x + 4 <= inside.end; x += 4) {
+        V sums[4];
+        for (; x + 4 <= inside.end; x += 4) {
+          if (w.stride == 1 && w.dilation == 1)
             depthwise_3x3<S, Relu, 4>(three, filter, bias, x - w.pad_left, sums);
-            for (int i = 0; i < 4; ++i) put(x + i, sums[i]);
-          }
+          else
+            depthwise_3x3_apart<S, Relu, 4>(w, three, filter, bias, x * w.stride - w.pad_left, sums);
+          for (int i = 0; i < 4; ++i) put(x + i, sums[i]);
         }
         for (; x < inside.end; ++x) {
-          V sum = bias;
-          for (int ky = 0; ky < 3; ++ky)
-            for (int kx = 0; kx < 3; ++kx)
-              sum = fma(tap<S, Relu>(three[ky], x - w.pad_left + kx * w.dilation), filter[ky * 3 + kx], sum);
-          put(x, sum);
+          depthwise_3x3_apart<S, Relu, 1>(w, three, filter, bias, x * w.stride - w.pad_left, sums);
+          put(x, sums[0]);
         }
       }
       for (; x < w.out_width; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
@@ -145,6 +161,17 @@ void depthwise(const ProducerArgs& a) {
     depthwise_rows<S, T, true>(a);
   else
     depthwise_rows<S, T, false>(a);
+}
+
+// A depthwise convolution that is a layer by itself: what `depthwise` gives, in the activations' own type.
+template <class S>
+void filter(const ProducerArgs& a) {
+  if (a.residual == nullptr)
+    depthwise<S, S>(a);
+  else if (a.input_relu)
+    depthwise_rows<S, S, true, true>(a);
+  else
+    depthwise_rows<S, S, false, true>(a);
 }
 
 // --------------------------------------------------------------------------------------------------- patches
@@ -283,6 +310,7 @@ void max_pool(const PoolArgs& a) {
         }
         const int pixel = (a.first_row + r) * w.out_width + x;
         if (residual) best = add(best, load(line<S>(residual, pixel)));
+        if (a.relu) best = relu(best);
         store(line<S>(output, pixel), best);
       }
     }

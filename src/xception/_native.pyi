@@ -81,6 +81,22 @@ class Network:
         padding: str = "fixed",
         amount: int = 0,
         input_relu: bool = False,
+        residual: int = -1,
+        activation: str = "none",
+    ) -> int: ...
+    def grouped(
+        self,
+        input: int,
+        *,
+        weights: _Floats,
+        bias: _Floats | None = None,
+        segments: int,
+        kernel: int,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: str = "fixed",
+        amount: int = 0,
+        residual: int = -1,
         activation: str = "none",
     ) -> int: ...
     def pool(
@@ -93,6 +109,7 @@ class Network:
         padding: str = "fixed",
         amount: int = 0,
         residual: int = -1,
+        relu: bool = False,
     ) -> int: ...
     def load(self, channels: int = 0) -> int: ...
     def reduce(self, input: int, *, maximum: bool = False) -> int: ...

@@ -26,6 +26,7 @@ pytest.importorskip("xception._native")
 NARROW: dict[str, Any] = {
     "entry_widths": (24, 40, 56), "middle_modules": 2, "exit_widths": (70, 80, 90), "num_classes": 7,
 }  # fmt: skip
+MODES: tuple[Any, ...] = ("throughput", "latency")
 # The relative difference that half precision may make over a whole network of random weights.
 NETWORK_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 6e-3}
 
@@ -49,12 +50,23 @@ COVERED: dict[str, tuple[str, dict[str, Any], int]] = {
     "one channel": ("xception", {**NARROW, "in_channels": 1}, 64),
     "aligned": ("xception41", {"middle_modules": 1, "num_classes": 5}, 65),
     "aligned, output stride 8": ("xception71", {"middle_modules": 1, "num_classes": 5, "output_stride": 8}, 65),
-}
-UNCOVERED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "segments": ("xception", {**NARROW, "segments": 3}, "several channels a segment"),
-    "pointwise first": ("xception", {**NARROW, "order": "pointwise_depthwise"}, "pointwise convolutions before"),
-    "pre-activated": ("xception41p", {"middle_modules": 1, "num_classes": 5}, "pre-activated"),
-    "another family": ("inception_v1", {"num_classes": 5}, "is no Xception"),
+    "pre-activated": ("xception41p", {**NARROW, "middle_modules": 2}, 65),
+    "pre-activated, output stride 16": (
+        "xception65p",
+        {"middle_modules": 2, "num_classes": 5, "output_stride": 16},
+        65,
+    ),
+    "pointwise first": ("xception", {**NARROW, "order": "pointwise_depthwise", "intermediate_activation": "elu"}, 65),
+    "segments": ("xception", {**NARROW, "segments": 7, "intermediate_activation": "relu"}, 65),
+    "segments, output stride 8": ("xception", {**NARROW, "segments": 3, "output_stride": 8}, 65),
+    "a channel a segment": (
+        "xception",
+        {**NARROW, "entry_widths": (24,) * 2, "exit_widths": (24,) * 2, "segments": 24},
+        65,
+    ),
+    "an exit of one module": ("xception", {**NARROW, "exit_widths": (33,)}, 65),
+    "many channels": ("xception", {**NARROW, "in_channels": 250}, 64),
+    "tied, and none": ("xception", {**NARROW, "tied_middle": True, "middle_modules": 0}, 64),
 }
 
 
@@ -100,7 +112,9 @@ def test_covered_networks(case: str) -> None:
 
 
 @pytest.mark.parametrize(("level", "kind"), LEVELS)
-@pytest.mark.parametrize("case", ["the paper's, narrow", "small", "aligned"])
+@pytest.mark.parametrize(
+    "case", ["the paper's, narrow", "small", "aligned", "pre-activated", "pointwise first", "segments"]
+)
 def test_every_level(level: str, kind: str, case: str) -> None:
     name, options, size = COVERED[case]
     model = model_of(name, options)
@@ -121,11 +135,13 @@ QUICK_LEVELS = [pair for pair in LEVELS if pair[0] not in ("scalar", "amx_emulat
 
 
 @pytest.mark.parametrize(("level", "kind"), QUICK_LEVELS)
-@pytest.mark.parametrize("name", ["xception", "xception41"])
-def test_large_maps(name: str, level: str, kind: str) -> None:
+@pytest.mark.parametrize("case", ["xception", "pointwise first", "segments", "xception41", "xception41p"])
+def test_large_maps(case: str, level: str, kind: str) -> None:
     """Of a size at which layers are computed a few rows at a time, together; alone and shared by threads alike."""
-    options: dict[str, Any] = NARROW if name == "xception" else {"middle_modules": 1, "num_classes": 5}
-    model = model_of(name, options)
+    aligned = case.startswith("xception4")
+    options: dict[str, Any] = {"middle_modules": 1, "num_classes": 5} if aligned else NARROW
+    other = {"pointwise first": {"order": "pointwise_depthwise"}, "segments": {"segments": 5}}.get(case, {})
+    model = model_of(case if aligned else "xception", {**options, **other})
     x = images(model, 2, 233, 290)
     with torch.no_grad():
         expected = model(x)
@@ -145,19 +161,40 @@ def test_large_maps(name: str, level: str, kind: str) -> None:
     assert arenas[0] < 4 * largest
 
 
-@pytest.mark.parametrize("case", UNCOVERED)
-def test_what_is_not_covered_runs_in_torch_and_says_so(case: str) -> None:
-    name, options, reason = UNCOVERED[case]
-    model = model_of(name, options)
+def test_what_is_not_covered_runs_in_torch_and_says_so(without_openvino: None) -> None:
+    model = model_of("inception_v1", {"num_classes": 5})
+    reason = "InceptionV1 is no Xception"
     compiled = xception.compile(model)
-    assert compiled.backend == "torch"
-    assert reason in str(compiled.reason)
+    assert (compiled.backend, compiled.reason) == ("torch", f"{reason}; openvino is not installed")
     assert reason in repr(compiled)
     x = images(model, 2, 64, 64)
     with torch.no_grad():
+        features = model.forward_features(x)  # type: ignore[operator]
         close(compiled(x), model(x))
+        close(compiled(x, "features"), features)
+        close(compiled(x, "pooled"), features.mean((2, 3)))
     with pytest.raises(ConfigError, match=reason):
         xception.compile(model, backend="native")
+
+
+@pytest.fixture
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed."""
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+
+def test_torch_runs_any_kind_of_weights_and_pools_as_the_network_does() -> None:
+    model = model_of("xception", {**NARROW, "pooling": "max"})
+    x = images(model, 2, 64, 64)
+    with torch.no_grad():
+        features = model.forward_features(x)  # type: ignore[operator]
+        expected = model(x)
+    compiled = xception.compile(model, backend="torch")
+    assert (compiled.backend, compiled.reason) == ("torch", "asked for")
+    close(compiled(x, "pooled"), features.amax((2, 3)))
+    close(compiled(x), expected)
+    for backend in ("torch", "native"):
+        close(xception.compile(model.to(torch.float64), backend=backend)(x), expected)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -197,15 +234,49 @@ def test_the_input_and_the_model_are_left_alone(narrow: nn.Module) -> None:
     assert torch.equal(compiled(x), result)
 
 
-@pytest.mark.parametrize("mode", ["throughput", "latency"])
-def test_numbers_depend_on_nothing_but_the_image(narrow: nn.Module, mode: Any) -> None:
-    x = images(narrow, 9, 64, 64)
-    one = xception.compile(narrow, num_threads=1)
-    expected = torch.cat([one(x[i : i + 1]) for i in range(9)])
-    for threads in (1, 2, 3):
-        compiled = xception.compile(narrow, num_threads=threads, mode=mode)
-        for count in (1, 2, 5, 9):
-            assert torch.equal(compiled(x[:count]), expected[:count])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", ["the paper's, narrow", "pre-activated", "pointwise first", "segments"])
+def test_numbers_depend_on_nothing_but_the_image(case: str, precision: Any) -> None:
+    """To the last bit: in either mode, with any number of threads, in a batch of any size; odd images too."""
+    name, options, _ = COVERED[case]
+    model = model_of(name, options)
+    one = xception.compile(model, precision, num_threads=1)
+    every = [xception.compile(model, precision, num_threads=n, mode=mode) for n in (1, 2, 3) for mode in MODES]
+    for height, width in ((64, 64), (45, 37)):
+        x = images(model, 9, height, width)
+        expected = torch.cat([one(x[i : i + 1]) for i in range(9)])
+        features = one(x, "features")
+        for compiled in every:
+            for count in (0, 1, 2, 5, 9):
+                assert torch.equal(compiled(x[:count]), expected[:count])
+            assert torch.equal(compiled(x, "features"), features)
+            assert compiled(x[:0], "pooled").shape == (0, features.shape[1])
+
+
+@pytest.mark.parametrize(("level", "kind"), QUICK_LEVELS)
+@pytest.mark.parametrize("case", ["the paper's, narrow", "pre-activated", "pointwise first", "segments"])
+def test_what_is_not_finite_stays_in_its_image(case: str, level: str, kind: str) -> None:
+    """And is seen in its scores, however many images go through the layers together."""
+    name, options, size = COVERED[case]
+    model = model_of(name, options)
+    x = images(model, 3, size, size).permute(0, 2, 3, 1).numpy().copy()
+    net = network(level, kind, 3, 1)
+    value = lower(model, net).logits
+    assert value is not None
+
+    def logits(batch: Any) -> Any:
+        output = np.full((len(batch), *net.shape(value, size, size)), 7.0, np.float32)
+        net.run(np.ascontiguousarray(batch), value, output)
+        return output[:, 0, 0]
+
+    expected = logits(x)
+    assert np.isfinite(expected).all()
+    for bad in (np.nan, np.inf, -np.inf):
+        spoiled = x.copy()
+        spoiled[1, 20, 30] = bad
+        found = logits(spoiled)
+        assert not np.isfinite(found[1]).any()
+        assert np.array_equal(found[[0, 2]], expected[[0, 2]])
 
 
 def test_many_threads_at_once(narrow: nn.Module) -> None:
@@ -256,12 +327,34 @@ def test_after_a_fork() -> None:
     assert done.stdout == "well\n", done.stderr
 
 
-def test_hooks_and_derived_classes_are_not_passed_over() -> None:
-    model = model_of("xception", NARROW)
-    hook = model.middle_flow.register_forward_hook(lambda *_: None)  # type: ignore[union-attr, operator]
-    assert xception.compile(model).reason == "forward hooks"
-    hook.remove()
-    assert xception.compile(model).backend == "native"
+def test_hooks_and_foreign_modules_are_not_passed_over(without_openvino: None) -> None:
+    def reason(model: nn.Module) -> str | None:
+        found = xception.compile(model).reason
+        return None if found is None else found.removesuffix("; openvino is not installed")
+
+    model: Any = model_of("xception", NARROW)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        hook = getattr(model.middle_flow[0].units[1].conv, register)(lambda *_: None)
+        assert reason(model) == "forward hooks"
+        hook.remove()
+    assert reason(model) is None
+    pointwise = model.middle_flow[0].units[0].conv.pointwise
+    nn.utils.parametrizations.weight_norm(pointwise)
+    assert reason(model) == "a module of class ParametrizedConv2d"
+    nn.utils.parametrize.remove_parametrizations(pointwise, "weight")
+    assert reason(model) is None
+    norm = model.exit_flow.block.units[0].norm
+    model.exit_flow.block.units[0].norm = nn.GroupNorm(1, 56)
+    assert reason(model) == "a module of class GroupNorm"
+    model.exit_flow.block.units[0].norm = nn.BatchNorm2d(56, track_running_stats=False)
+    assert reason(model) == "normalisation without statistics"
+    model.exit_flow.block.units[0].norm = nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    x = images(model, 1, 64, 64)
+    with torch.no_grad():
+        close(xception.compile(model, backend="native")(x), model(x))
+        # A head of another kind runs in torch, behind features that do not.
+        model.classifier.linear = nn.Sequential(nn.Linear(90, 8), nn.Tanh(), nn.Linear(8, 7))
+        close(xception.compile(model, backend="native")(x), model(x))
 
     class Doubled(type(model)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
@@ -269,7 +362,7 @@ def test_hooks_and_derived_classes_are_not_passed_over() -> None:
             return 2 * logits
 
     model.__class__ = Doubled
-    assert xception.compile(model).reason == "Doubled is no Xception"
+    assert reason(model) == "Doubled is no Xception"
 
 
 def test_the_reference_backend_is_obeyed(narrow: nn.Module) -> None:
@@ -310,7 +403,7 @@ def test_wrong_use(narrow: nn.Module) -> None:
     for name, value, message in (
         ("precision", "int4", "precision must be one of fp32, bf16, fp16; got 'int4'"),
         ("mode", "fast", "mode must be throughput or latency; got 'fast'"),
-        ("backend", "gpu", "backend must be auto, native or torch; got 'gpu'"),
+        ("backend", "gpu", "backend must be auto, native, openvino or torch; got 'gpu'"),
         ("num_threads", 0, "num_threads must be from 1 to 1024; got 0"),
         ("num_threads", 1.5, "num_threads must be from 1 to 1024; got 1.5"),
         ("mean", (0.5,), "mean must be a number for each of 3 channels"),
@@ -318,6 +411,8 @@ def test_wrong_use(narrow: nn.Module) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             compile_model(narrow, **{name: value})
+    with pytest.raises(ConfigError, match="expected a network of the registry, got Linear"):
+        compile_model(nn.Linear(2, 3))
     compiled: CompiledModel = xception.compile(narrow)
     x = images(narrow, 1, 64, 64)
     wrong: list[tuple[Any, str]] = [

@@ -40,6 +40,7 @@ class Case:
     activation: str = "none"
     bias: bool = True
     residual: bool = False
+    segments: int = 1
     threads: int = 1
 
 
@@ -65,6 +66,12 @@ def padded(case: Case, x: Tensor, value: float) -> Tensor:
     return F.pad(x, (case.amount,) * 4, value=value)
 
 
+def segment_of_each(channels: int, segments: int) -> list[tuple[int, int]]:
+    """Where the segment of each channel begins, and how wide it is: as equal as can be, the wider ones first."""
+    widths = [channels // segments + (i < channels % segments) for i in range(segments)]
+    return [(sum(widths[:i]), width) for i, width in enumerate(widths) for _ in range(width)]
+
+
 class Layer:
     """A case's weights, the executor's result and the definition's."""
 
@@ -74,6 +81,8 @@ class Layer:
         self.filters = numbers(taps, case.channels, seed=1)
         self.filter_bias = numbers(case.channels, seed=2) if case.bias else None
         depth = case.channels * (taps if case.kind == "convolution" else 1)
+        if case.kind == "grouped":
+            depth = taps * -(-case.channels // case.segments)
         self.weights = numbers(case.out_channels, depth, seed=3)
         self.bias = numbers(case.out_channels, seed=4) if case.bias else None
         self.beside = numbers(case.out_channels, case.channels, seed=5)
@@ -86,7 +95,8 @@ class Layer:
         options = {"stride": case.stride, "dilation": case.dilation}
         bias = None if self.bias is None else torch.from_numpy(self.bias).double()
         if case.kind == "pool":
-            return F.max_pool2d(padded(case, x, -torch.inf), case.kernel, **options)
+            y = F.max_pool2d(padded(case, x, -torch.inf), case.kernel, **options)
+            return reference.activate(self.with_residual(x, y), case.activation)
         y = padded(case, y, 0.0)
         k = case.kernel
         if case.kind == "separable":
@@ -94,14 +104,22 @@ class Layer:
             middle = None if self.filter_bias is None else torch.from_numpy(self.filter_bias).double()
             y = F.conv2d(y, filters, middle, groups=case.channels, **options)
             y = F.conv2d(reference.activate(y, case.middle), torch.from_numpy(self.weights).double()[:, :, None, None])
+        elif case.kind == "depthwise":
+            filters = torch.from_numpy(self.filters.T.copy()).double().reshape(-1, 1, k, k)
+            y = F.conv2d(y, filters, groups=case.channels, **options)
+        elif case.kind == "grouped":
+            weights = torch.from_numpy(self.weights).double().reshape(case.channels, k, k, -1).permute(0, 3, 1, 2)
+            each = enumerate(segment_of_each(case.channels, case.segments))
+            y = torch.cat([F.conv2d(y[:, a : a + n], weights[c : c + 1, :n], **options) for c, (a, n) in each], dim=1)
         else:
             weights = torch.from_numpy(self.weights).double().reshape(-1, k, k, case.channels).permute(0, 3, 1, 2)
             y = F.conv2d(y, weights, **options)
         if bias is not None:
             y = y + bias[:, None, None]
-        if case.residual:
-            y = y + F.conv2d(x, torch.from_numpy(self.beside).double()[:, :, None, None])
-        return reference.activate(y, case.activation)
+        return reference.activate(self.with_residual(x, y), case.activation)
+
+    def with_residual(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + F.conv2d(x, torch.from_numpy(self.beside).double()[:, :, None, None]) if self.case.residual else y
 
     def computed(self, level: str, kind: str, x: Tensor) -> Tensor:
         """By the kernels, into memory that held something else."""
@@ -109,11 +127,14 @@ class Layer:
         net = network(level, kind, case.channels, case.threads)
         value = net.load()
         options: dict[str, Any] = sampling(case)
-        if case.kind != "pool":
-            options |= {"weights": self.weights, "bias": self.bias, "input_relu": case.input_relu}
-            options |= {"activation": case.activation}
-            if case.residual:
-                options["residual"] = net.convolution(value, weights=self.beside, kernel=1)
+        if case.residual:
+            options["residual"] = net.convolution(value, weights=self.beside, kernel=1)
+        if case.kind == "pool":
+            options["relu"] = case.activation == "relu"
+        else:
+            options |= {"bias": self.bias, "activation": case.activation}
+            options |= {"filters": self.filters} if case.kind == "depthwise" else {"weights": self.weights}
+            options |= {"segments": case.segments} if case.kind == "grouped" else {"input_relu": case.input_relu}
         if case.kind == "separable":
             options |= {"filters": self.filters, "filter_bias": self.filter_bias, "middle": case.middle}
         result = getattr(net, case.kind)(value, **options)
@@ -148,7 +169,7 @@ def check(case: Case, level: str, kind: str, x: Tensor | None = None) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    kind = draw(st.sampled_from(["separable", "separable", "convolution", "pool"]))
+    kind = draw(st.sampled_from(["separable", "separable", "convolution", "depthwise", "grouped", "pool"]))
     kernel = draw(st.sampled_from([1, 2, 3, 3, 3, 5]))
     dilation = draw(st.sampled_from([1, 1, 1, 2, 3]))
     reach = (kernel - 1) * dilation + 1
@@ -160,7 +181,7 @@ def cases(draw: st.DrawFn) -> Case:
         images=draw(st.integers(1, 3)),
         height=draw(st.integers(least, least + 12)),
         width=draw(st.integers(least, least + 30)),
-        channels=min(channels, 64),
+        channels=channels if kind == "grouped" else min(channels, 64),
         out_channels=draw(st.sampled_from([1, 2, 15, 16, 17, 32, 33, 64, 70])),
         kernel=kernel,
         stride=draw(st.integers(1, 3)),
@@ -174,8 +195,13 @@ def cases(draw: st.DrawFn) -> Case:
         residual=draw(st.booleans()),
         threads=draw(st.integers(1, 3)),
     )
+    if case.kind in ("pool", "depthwise", "grouped"):
+        case = replace(case, out_channels=case.channels)
     if case.kind == "pool":
-        return replace(case, out_channels=case.channels, amount=min(case.amount, case.kernel // 2), residual=False)
+        relu = "relu" if case.activation == "relu" else "none"
+        case = replace(case, amount=min(case.amount, case.kernel // 2), activation=relu)
+    if case.kind == "grouped":
+        case = replace(case, segments=draw(st.integers(1, case.channels)), input_relu=False)
     same_size = case.stride == 1 and (case.padding == "same" or 2 * case.amount == reach - 1)
     return replace(case, residual=case.residual and same_size)
 
@@ -188,6 +214,11 @@ def cases(draw: st.DrawFn) -> Case:
 @example(case=Case(images=5, height=3, width=40, threads=3, activation="relu"))
 @example(case=Case(kind="pool", out_channels=5, stride=2, height=8, width=9, images=2))
 @example(case=Case(kind="convolution", kernel=1, stride=2, padding="fixed", channels=17, out_channels=40))
+@example(case=Case(kind="depthwise", channels=40, out_channels=40, residual=True, input_relu=True, activation="relu"))
+@example(case=Case(kind="depthwise", kernel=1, channels=17, out_channels=17, bias=False))
+@example(case=Case(kind="grouped", channels=70, out_channels=70, segments=3, residual=True, activation="elu"))
+@example(case=Case(kind="grouped", channels=100, out_channels=100, segments=67, stride=2, dilation=2))
+@example(case=Case(kind="pool", channels=33, out_channels=33, images=2, residual=True, activation="relu"))
 def test_layers(level: str, kind: str, case: Case) -> None:
     check(case, level, kind)
 
@@ -201,12 +232,13 @@ def test_layers_at_length(level: str, kind: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("level", "kind"), LEVELS)
-@pytest.mark.parametrize("layer", ["separable", "convolution", "pool"])
+@pytest.mark.parametrize("layer", ["separable", "convolution", "depthwise", "grouped", "pool"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_carried(level: str, kind: str, layer: str, value: float) -> None:
     """To the pixels whose windows hold it, and to no other."""
+    out = 20 if layer in ("separable", "convolution") else 1
     # One channel: the convolution that brings the image in would spread a NaN over several.
-    case = Case(kind=layer, height=11, width=13, channels=1, out_channels=1 if layer == "pool" else 20, bias=False)
+    case = Case(kind=layer, height=11, width=13, channels=1, out_channels=out, bias=False)
     x = torch.from_numpy(np.abs(numbers(1, 11, 13, 1, seed=0)) + 0.125).permute(0, 3, 1, 2)
     x[0, 0, 5, 6] = value
     made = Layer(case)
@@ -221,8 +253,40 @@ def test_what_is_not_finite_is_carried(level: str, kind: str, layer: str, value:
 
 
 @pytest.mark.parametrize(("level", "kind"), LEVELS)
-def test_no_images(level: str, kind: str) -> None:
-    assert Layer(Case()).computed(level, kind, torch.zeros(0, 5, 7, 9)).shape == (0, 6, 7, 9)
+@pytest.mark.parametrize("layer", ["separable", "convolution", "depthwise", "grouped", "pool"])
+def test_no_images(level: str, kind: str, layer: str) -> None:
+    out = 6 if layer in ("separable", "convolution") else 5
+    case = Case(kind=layer, out_channels=out)
+    assert Layer(case).computed(level, kind, torch.zeros(0, 5, 7, 9)).shape == (0, out, 7, 9)
+
+
+@pytest.mark.parametrize(("level", "kind"), LEVELS)
+@pytest.mark.parametrize("maximum", [False, True])
+@pytest.mark.parametrize("channels", [1, 16, 33])
+def test_heads(level: str, kind: str, maximum: bool, channels: int) -> None:
+    """Pooling and linear layers, which are in float32 whatever the activations are."""
+    net = network(level, kind, channels, threads=2)
+    pooled = net.reduce(net.load(), maximum=maximum)
+    weights, bias = numbers(37, channels, seed=1), numbers(37, seed=2)
+    hidden = net.linear(pooled, weights=weights, bias=bias, activation="elu")
+    last = net.linear(hidden, weights=weights[:5].repeat(37, axis=1)[:, :37].copy())
+    for count, height, width in ((0, 3, 4), (1, 1, 1), (5, 7, 3)):
+        x = numbers(count, height, width, channels, seed=3)
+        if count > 1:
+            x[1, 0, 0, 0] = np.nan
+        exact = torch.from_numpy(x).double()
+        expected = exact.amax((1, 2)) if maximum else exact.mean((1, 2))
+        for value, function in (
+            (pooled, lambda y: y),
+            (hidden, lambda y: F.elu(F.linear(y, torch.from_numpy(weights).double(), torch.from_numpy(bias).double()))),
+            (last, lambda y: F.linear(y, torch.from_numpy(weights[:5].repeat(37, axis=1)[:, :37]).double())),
+        ):
+            expected = function(expected)
+            output = np.full((count, *net.shape(value, height, width)), 12345.0, np.float32)
+            net.run(x, value, output)
+            found = torch.from_numpy(output)[:, 0, 0].double()
+            tolerance = 1e-5 * max(1.0, float(expected.nan_to_num().abs().max()) if count else 0.0)
+            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -246,6 +310,8 @@ def test_wrong_use_is_refused() -> None:
         ("expected a kernel of 1 to 15", "convolution", (0,), {"weights": weights, "kernel": 16}),
         ("unknown padding", "pool", (value,), {"kernel": 3, "padding": "reflect"}),
         ("unknown activation", "convolution", (0,), {"weights": weights, "kernel": 3, "activation": "gelu"}),
+        ("expected 1 to 4 segments", "grouped", (value,), {"weights": weights, "kernel": 3, "segments": 5}),
+        ("expected 72 numbers as weights", "grouped", (value,), {"weights": weights, "kernel": 3, "segments": 2}),
         ("stride or dilation", "pool", (value,), {"kernel": 3, "stride": 0}),
         ("a regular convolution has to come first", "pool", (0,), {"kernel": 3}),
         ("linear layers, and only they", "linear", (value,), {"weights": np.zeros((2, 4), np.float32)}),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 
 from xception.cli.main import main
 from xception.data.preprocess import Preprocess
-from xception.errors import ConfigError
+from xception.errors import ConfigError, MissingPackageError
 from xception.inference.predictor import FailedImage, Prediction, Predictor, Timings
 from xception.models.registry import config_to_dict, create_model, get_config
 from xception.ops import backend as machine
@@ -29,6 +31,7 @@ needs_native = pytest.mark.skipif(not machine.native_available(), reason="withou
 
 OPTIONS: dict[str, Any] = {
     "num_classes": 5, "entry_widths": (24, 40, 56), "middle_modules": 1, "exit_widths": (70, 80, 90),
+    "input_size": 75,
 }  # fmt: skip
 
 
@@ -92,23 +95,27 @@ def test_the_compiled_executor_where_it_covers_the_network(monkeypatch: pytest.M
 
 
 @needs_native
-@pytest.mark.parametrize(
-    ("name", "changes", "reason"),
-    [
-        ("xception", {"order": "pointwise_depthwise"}, "pointwise convolutions before depthwise ones"),
-        ("inception_v1", {"num_classes": 5}, "InceptionV1 is no Xception"),
-    ],
-)
-def test_pytorch_where_it_does_not(name: str, changes: dict[str, Any], reason: str) -> None:
+def test_pytorch_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    options = {**OPTIONS, **changes} if name == "xception" else changes
-    model = create_model(name, **options)
+    model, reason = create_model("inception_v1", num_classes=5), "InceptionV1 is no Xception"
     _, info = _network()
+    monkeypatch.setitem(sys.modules, "openvino", None)
     predictor = Predictor(model, info, device="cpu")
-    assert predictor.engine == f"torch: {reason}"
+    assert predictor.engine == f"torch: {reason}; openvino is not installed"
     assert len(predictor.predict(np.zeros((9, 9, 3), np.uint8)).predictions) == 5
     with pytest.raises(ConfigError, match=reason):
         Predictor(model, info, backend="native")
+    with pytest.raises(MissingPackageError) as error:
+        Predictor(model, info, backend="openvino")
+    assert str(error.value) == "the backend 'openvino' needs openvino: pip install 'xception[openvino]'"
+
+
+def test_openvino_where_it_was_asked_for(files: list[str]) -> None:
+    pytest.importorskip("openvino")
+    predictor = _predictor(backend="openvino", num_threads=1)
+    assert predictor.engine == "openvino, fp32: asked for"
+    expected, found = (_logits(p, files) for p in (_predictor(backend="torch"), predictor))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_pytorch_where_it_was_asked_for(files: list[str]) -> None:
@@ -129,8 +136,9 @@ def test_pytorch_where_it_was_asked_for(files: list[str]) -> None:
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_native", None)
     monkeypatch.setattr(machine, "_why_not_native", "the compiled extension is missing")
-    assert _predictor().engine == "torch: the compiled extension is missing"
-    with pytest.raises(ConfigError, match="compiled executor cannot be used: the compiled extension is missing"):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert _predictor().engine == "torch: the compiled extension is missing; openvino is not installed"
+    with pytest.raises(ConfigError, match=r"compiled executor does not cover .*: the compiled extension is missing"):
         _predictor(backend="native")
 
 
@@ -155,7 +163,7 @@ def test_the_log_says_it_once(caplog: pytest.LogCaptureFixture, files: list[str]
 def test_wrong_use(backend: str) -> None:
     for name, value, message in (
         ("precision", "int4", "precision must be one of fp32, bf16, fp16; got 'int4'"),
-        ("backend", "gpu", "backend must be auto, native or torch; got 'gpu'"),
+        ("backend", "gpu", "backend must be auto, native, openvino or torch; got 'gpu'"),
         ("num_threads", 0, "num_threads must be from 1 to 1024; got 0"),
         ("num_threads", 2.0, "num_threads must be from 1 to 1024; got 2.0"),
     ):
@@ -319,8 +327,10 @@ def test_the_command_takes_precision_threads_and_backend(
     bundle: str, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
+    openvino = [(["--backend", "openvino", "--threads", "1"], "openvino, fp32: asked for")]
     try:
         for options, engine in (
+            *(openvino if find_spec("openvino") else ()),
             (["--backend", "torch", "--threads", "1"], "torch: asked for"),
             (["--precision", "bf16", "--threads", "2", "--fast-decode"], _predictor(precision="bf16").engine),
         ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,8 +33,9 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
     x = normal(draw(st.integers(1, 3)), channels, *(draw(st.integers(reach, reach + 9)) for _ in range(2)))
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
-    depthwise = normal(channels, 1, kernel, kernel)
-    y = reference.depthwise_conv2d(x, depthwise, **options)
+    order = draw(st.sampled_from(reference.ORDERS))
+    depthwise = normal(channels if order == "depthwise_pointwise" else out, 1, kernel, kernel)
+    y = reference.depthwise_conv2d(x[:, :1], depthwise[:1], **options)
     return {
         "x": x,
         "depthwise": depthwise,
@@ -40,6 +43,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "bias": normal(out) if draw(st.booleans()) else None,
         "residual": normal(len(x), out, *y.shape[2:]) if draw(st.booleans()) else None,
         **options,
+        "order": order,
         "input_relu": draw(st.booleans()),
         "intermediate_activation": draw(st.sampled_from(reference.ACTIVATIONS)),
         "output_activation": draw(st.sampled_from(reference.ACTIVATIONS)),
@@ -71,7 +75,8 @@ def test_separable(call: dict[str, Any]) -> None:
 @settings(max_examples=60)
 @given(call=calls(), multiplier=st.integers(1, 2))
 def test_depthwise(call: dict[str, Any], multiplier: int) -> None:
-    weight = call["depthwise"].repeat_interleave(multiplier, 0)
+    weight = call["depthwise"][:1].repeat_interleave(call["x"].shape[1] * multiplier, 0)
+    weight = weight * torch.linspace(-1, 1, len(weight), dtype=torch.float64)[:, None, None, None]
     options = {k: call[k] for k in ("stride", "padding", "dilation")}
     expected = reference.depthwise_conv2d(call["x"], weight, **options)
     close(separable.depthwise_conv2d(call["x"].float(), weight.float(), **options), expected)
@@ -92,7 +97,7 @@ def test_gradients(call: dict[str, Any]) -> None:
         a = {**arguments, "padding": padding}
         found: Tensor = torch.ops.xception.separable_conv2d(
             a["x"], a["depthwise"], a["pointwise"], a["bias"], a["residual"], a["stride"], padding, a["dilation"],
-            "depthwise_pointwise", a["input_relu"], a["intermediate_activation"], a["output_activation"],
+            a["order"], a["input_relu"], a["intermediate_activation"], a["output_activation"],
         )  # fmt: skip
         return found
 
@@ -141,6 +146,19 @@ def test_packed_weights_follow_the_tensors() -> None:
         pointwise = torch.randn(3, 8, 1, 1)
         close(separable.separable_conv2d(x, depthwise, pointwise), reference.separable_conv2d(x, depthwise, pointwise))
     assert len(separable._NETWORKS._kept) <= 256
+
+
+@native
+def test_nothing_is_said_at_the_end() -> None:
+    """Networks that are still kept when the process ends are no leak."""
+    code = """
+import torch
+from xception.ops import separable
+separable.separable_conv2d(torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(5, 8, 1, 1))
+print(len(separable._NETWORKS._kept))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1\n", "")
 
 
 @native

@@ -40,8 +40,9 @@ class Predict:
     """Of the activations between the layers; sums are float32 always."""
     threads: int | None = None
     """Threads of the network; by default one a core."""
-    backend: Literal["auto", "native", "torch"] = "auto"
-    """What runs the network: native is the compiled executor for CPUs, auto takes it where it covers the network."""
+    backend: Literal["auto", "native", "openvino", "torch"] = "auto"
+    """What runs the network: native is the compiled executor for CPUs; auto takes it where it covers the network, else
+    OpenVINO where it is installed, else PyTorch."""
     fast_decode: FlagCreatePairsOff[bool] = False
     """Decode JPEGs much larger than the network's input at a half, a quarter or an eighth: scores change a little."""
 

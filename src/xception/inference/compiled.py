@@ -1,16 +1,15 @@
-"""`xception.compile`: a trained Xception as one call into C++, without Python between its layers.
+"""`xception.compile`: a trained network as one call, in the fastest engine that there is for it on this machine.
 
-The compiled executor (native/) covers the original and the aligned networks with depthwise separable convolutions. What
-it does not cover runs in PyTorch, and `CompiledModel.backend` and `CompiledModel.reason` say so; nothing is replaced
-silently.
+For Xceptions that is the compiled executor (native/): one call into C++, without Python between the layers. Networks
+and machines that it does not cover go to OpenVINO where that is installed, else to PyTorch; `CompiledModel.backend` and
+`CompiledModel.reason` say which and why. Nothing is replaced silently.
 """
 
 from __future__ import annotations
 
-import copy
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,35 +17,31 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xception.errors import ConfigError
-from xception.inference.lowering import Outputs, Uncovered, lower
+from xception.inference.embedding import OUTPUTS, Output
+from xception.inference.lowering import Uncovered
+from xception.inference.native_engine import NativeEngine
+from xception.inference.openvino_engine import OpenVinoEngine, Unusable, openvino_installed
+from xception.inference.precision import PRECISIONS, Precision
+from xception.inference.torch_engine import TorchEngine
 from xception.ops import backend as machine
 
-if TYPE_CHECKING:
-    from xception.ops.backend import Network
-
-Precision = Literal["fp32", "bf16", "fp16"]
 Mode = Literal["throughput", "latency"]
-Engine = Literal["auto", "native", "torch"]
-Output = Literal["logits", "features", "pooled"]
+Engine = Literal["auto", "native", "openvino", "torch"]
 Images: TypeAlias = "Tensor | NDArray[Any]"
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENGINES: tuple[Engine, ...] = ("auto", "native", "openvino", "torch")
 _MEAN_AND_STD = (0.5, 0.5)  # of Xception everywhere: pixels to -1..1
-
-
-@dataclass(frozen=True)
-class _Native:
-    network: Network
-    outputs: Outputs
 
 
 class CompiledModel:
     """A network in eval mode with its weights as they were when it was compiled; see `compile_model`.
 
-    `backend` is what it runs on ("native" or "torch"), `level` the instruction set, `reason` why not the other.
-    Calls from several threads are safe, and wait for each other.
+    `backend` is what it runs on ("native", "openvino" or "torch"), `level` the instruction set of native kernels,
+    `reason` why not on the compiled executor, or None. Calls from several threads are safe, and wait for each other.
     """
+
+    level: str | None = None
+    backend: Literal["native", "openvino", "torch"]
 
     def __init__(
         self,
@@ -64,23 +59,12 @@ class CompiledModel:
         self.minimum_size = int(model.config.minimum_size)  # type: ignore[union-attr, arg-type]
         self._mean = self._per_channel("mean", mean, _MEAN_AND_STD[0])
         self._std = self._per_channel("std", std, _MEAN_AND_STD[1])
-        found = self._lower(model, backend)
-        self.reason = found if isinstance(found, str) else None
-        self._native = None if isinstance(found, str) else found
-        self.level = None if self._native is None else self._native.network.level
-        self.backend: Literal["native", "torch"] = "torch" if self._native is None else "native"
-        if backend == "native" and self._native is None:
-            raise ConfigError(f"the compiled executor does not cover this network here: {self.reason}")
-        # What still runs in torch is a copy, as everything else is: the whole network, or its head.
-        self._in_torch: Any = None
-        if self._native is None:
-            self._in_torch = copy.deepcopy(model).eval()
-        elif self._native.outputs.logits is None:
-            head: Any = model.classifier
-            self._in_torch = copy.deepcopy(head).eval()
+        self.reason: str | None = None
+        self._forced = backend != "auto"
+        self._engine = self._choose(model, backend)
 
     def __repr__(self) -> str:
-        where = f"native, {self.level}" if self.backend == "native" else f"torch: {self.reason}"
+        where = f"native, {self.level}" if self.backend == "native" else f"{self.backend}: {self.reason}"
         return f"CompiledModel({self.precision}, {self.mode}, {self.num_threads} threads, {where})"
 
     def __call__(self, images: Images, output: Output = "logits") -> Tensor:
@@ -90,40 +74,71 @@ class CompiledModel:
         array: float32, normalised as the network expects, or uint8 pixels, which are normalised with `mean` and `std`.
         Raises `ConfigError` for anything else.
         """
-        if output not in ("logits", "features", "pooled"):
+        if output not in OUTPUTS:
             raise ConfigError(f"output must be logits, features or pooled; got {output!r}")
         batch = self._channels_last(images)
-        if self._native is None:
-            return self._run_in_torch(batch, output)
-        network, outputs = self._native.network, self._native.outputs
-        head_in_torch = output == "logits" and outputs.logits is None
-        value = getattr(outputs, "pooled" if head_in_torch else output)
-        count, height, width, _ = batch.shape
-        result = np.empty((count, *network.shape(value, height, width)), np.float32)
-        network.run(batch, value, result)
-        found = torch.from_numpy(result).permute(0, 3, 1, 2)
-        if head_in_torch:
-            with torch.inference_mode():
-                logits: Tensor = self._in_torch(found)
-                return logits
-        return found if output == "features" else found[:, :, 0, 0]
+        try:
+            return self._engine(batch, output)
+        except Unusable as unusable:  # OpenVINO, at this size
+            if self._forced:
+                raise ConfigError(str(unusable)) from unusable
+            return self._in_torch_from_now_on(unusable)(batch, output)
 
     # ---- building -------------------------------------------------------------------------------------------
 
-    def _lower(self, model: nn.Module, backend: Engine) -> _Native | str:
-        """The native network; or why there is none."""
-        if backend == "torch":
+    def _choose(self, model: nn.Module, backend: Engine) -> NativeEngine | OpenVinoEngine | TorchEngine:
+        """The engine; `backend`, `reason` and `level` are set on the way."""
+        options: dict[str, Any] = {
+            "precision": self.precision,
+            "num_threads": self.num_threads,
+            "latency": self.mode == "latency",
+        }
+        why_not = self._why_not_native(backend)
+        if why_not is None:
+            try:
+                native = NativeEngine(model, **options)
+            except Uncovered as uncovered:
+                why_not = str(uncovered)
+            else:
+                self.backend, self.level = "native", native.level
+                return native
+        if backend == "native":
+            raise ConfigError(f"the compiled executor does not cover this network here: {why_not}")
+        self.reason = why_not
+        plain = backend == "torch" or (backend == "auto" and _plain_torch_is_chosen())
+        if not plain and (backend == "openvino" or openvino_installed()):
+            try:
+                openvino = OpenVinoEngine(model, **options)
+            except Unusable as unusable:
+                if backend == "openvino":
+                    raise ConfigError(str(unusable)) from unusable
+                self.reason = f"{why_not}; {unusable}"
+            else:
+                self.backend = "openvino"
+                return openvino
+        elif not plain:
+            self.reason = f"{why_not}; openvino is not installed"
+        self.backend = "torch"
+        return TorchEngine(model, precision=self.precision)
+
+    def _in_torch_from_now_on(self, why: Unusable) -> TorchEngine:
+        if isinstance(self._engine, OpenVinoEngine):  # no other thread was here first
+            engine = TorchEngine(self._engine.model, precision=self.precision)
+            self.backend, self.reason, self._engine = "torch", f"{self.reason}; {why}", engine
+            logging.getLogger("xception").warning("xception: the network runs on torch from now on: %s", why)
+        assert isinstance(self._engine, TorchEngine)
+        return self._engine
+
+    @staticmethod
+    def _why_not_native(backend: Engine) -> str | None:
+        """What rules the compiled executor out whatever the network is."""
+        if backend in ("openvino", "torch"):
             return "asked for"
         if not machine.native_available():
-            return machine.describe()
-        if backend == "auto" and machine.active_backend() != "native":
+            return machine.describe().removeprefix("plain PyTorch: ")
+        if backend == "auto" and _plain_torch_is_chosen():
             return "the backend is set to 'reference'"
-        latency = self.mode == "latency"
-        network = machine.new_network(self.precision, self.in_channels, self.num_threads, latency=latency)
-        try:
-            return _Native(network, lower(model, network))
-        except Uncovered as uncovered:
-            return str(uncovered)
+        return None
 
     def _per_channel(self, name: str, values: Sequence[float] | None, default: float) -> NDArray[np.float32]:
         found = [default] * self.in_channels if values is None else list(values)
@@ -156,16 +171,9 @@ class CompiledModel:
             array = (array.astype(np.float32) / np.float32(255) - self._mean) / self._std
         return array
 
-    def _run_in_torch(self, batch: NDArray[np.float32], output: Output) -> Tensor:
-        model = self._in_torch
-        dtype = _DTYPES[self.precision]
-        with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=self.precision != "fp32"):
-            features = model.forward_features(torch.from_numpy(batch).permute(0, 3, 1, 2))
-            if output == "features":
-                return features.float()  # type: ignore[no-any-return]
-            if output == "pooled":
-                return features.float().mean((2, 3))  # type: ignore[no-any-return]
-            return model.forward_head(features).float()  # type: ignore[no-any-return]
+
+def _plain_torch_is_chosen() -> bool:
+    return machine.native_available() and machine.active_backend() == "reference"
 
 
 def compile_model(
@@ -178,23 +186,27 @@ def compile_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> CompiledModel:
-    """Compile a network of the registry for inference on this machine's CPU.
+    """Compile a network of the registry, of any family, for inference on this machine's CPU.
 
     `precision` is that of activations and weights between layers; sums are float32 always. `num_threads` are the
-    executor's own (None: as many as torch has). `mode` "throughput" takes several images through the network at once,
-    one a thread, where a batch has them; "latency" lets all threads work on one. `backend` "auto" takes the compiled
-    executor where it covers the network, else torch, and the result says which; "native" and "torch" force either.
+    engine's own (None: as many as torch has; in torch they are torch's). `mode` "throughput" takes several images
+    through the network at once, one a thread, where a batch has them; "latency" lets all threads work on one.
+    `backend` "auto" takes the compiled executor where it covers the network, else OpenVINO where it is installed and
+    has this precision here, else torch, and the result says which and why; a name forces that one. Where OpenVINO finds
+    at a call that it cannot run the network at that size, "auto" goes over to torch, and logs it.
     `mean` and `std`, one a channel on a scale of 0 to 1, are for uint8 images (None: 0.5, pixels to -1..1).
 
-    Weights are copied: later training does not change the result. Raises `ConfigError` for a wrong argument, and for
-    `backend` "native" where the network is not covered.
+    Weights are copied: later training does not change the result. Raises `ConfigError` for a wrong argument, and where
+    the engine that `backend` names cannot run the network (`MissingPackageError` where it is not installed).
     """
+    if not hasattr(model, "config"):
+        raise ConfigError(f"expected a network of the registry, got {type(model).__name__}")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if mode not in ("throughput", "latency"):
         raise ConfigError(f"mode must be throughput or latency; got {mode!r}")
-    if backend not in ("auto", "native", "torch"):
-        raise ConfigError(f"backend must be auto, native or torch; got {backend!r}")
+    if backend not in ENGINES:
+        raise ConfigError(f"backend must be auto, native, openvino or torch; got {backend!r}")
     threads = torch.get_num_threads() if num_threads is None else num_threads
     if type(threads) is not int or not 1 <= threads <= 1024:
         raise ConfigError(f"num_threads must be from 1 to 1024; got {threads!r}")

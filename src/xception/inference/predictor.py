@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from xception.errors import ConfigError, DataError, ImageError, XceptionError
 from xception.evaluation.device import usable_device
-from xception.inference.compiled import Engine, Precision
+from xception.inference.compiled import Engine
 from xception.inference.images import ImageInput, fitted, path_of
 from xception.inference.inputs import FailedImage, expand_inputs
+from xception.inference.precision import Precision
 from xception.inference.runner import Runner
 from xception.inference.timings import Timings
 from xception.weights.bundle import BundleInfo
@@ -68,19 +69,20 @@ class Predictor:
     `model` and `info` are those of a bundle; `device` (None: CUDA where there is one, else the CPU) is where
     the network is moved (`ConfigError` where there is no such device).
 
-    On the CPU the network runs in the compiled executor where that covers it, else in PyTorch; `backend` "native"
-    or "torch" forces either, and so do `set_backend` and `use_backend`. `engine` says what was chosen, and why:
-    "native, avx512, fp32", or "torch: pointwise convolutions before depthwise ones". `precision` is that of the
-    activations between layers (PyTorch: autocast); `num_threads` are the compiled executor's (None: as many as
-    PyTorch has), and do not change PyTorch's own, which are the whole process's.
+    On the CPU the network runs in the compiled executor where that covers it, else in OpenVINO where it is installed,
+    else in PyTorch; `backend` "native", "openvino" or "torch" forces one, and `set_backend` and `use_backend` the first
+    or the last. `engine` says what was chosen, and why: "native, avx512, fp32", or "torch: InceptionV3 is no Xception;
+    openvino is not installed". `precision` is that of the activations between layers (PyTorch: autocast); `num_threads`
+    are the compiled executor's and OpenVINO's (None: as many as PyTorch has), and do not change PyTorch's own, which
+    are the whole process's.
 
     `fast_decode` decodes JPEGs that are several times larger than the network's input at a half, a quarter or an
     eighth of their size (see `Preprocess.reduction`). Scores then differ a little from those of evaluation: the
     logits of photographs by 2 %, where bicubic in place of bilinear resizing changes them by 4 to 11 %.
 
     An image's scores do not depend on the other images of its batch. From the compiled executor they are equal to
-    the last bit for any batch size and number of threads; PyTorch may sum in another order for another batch size
-    (differences near 1e-6).
+    the last bit for any batch size and number of threads, from OpenVINO for any batch size; PyTorch may
+    sum in another order for another batch size (differences near 1e-6).
     """
 
     def __init__(
@@ -94,13 +96,17 @@ class Predictor:
         backend: Engine = "auto",
         fast_decode: bool = False,
     ) -> None:
-        # The compiled executor is for the CPU: who asks for it has said where.
-        self.device = usable_device("cpu" if device is None and backend == "native" else device)
+        # The compiled executor and OpenVINO are for the CPU: who asks for them has said where.
+        self.device = usable_device("cpu" if device is None and backend in ("native", "openvino") else device)
         self.model = model.eval().to(self.device)
         self.info = info
         self.fast_decode = fast_decode
         self._runner = Runner(self.model, self.device, precision=precision, num_threads=num_threads, backend=backend)
-        self.engine = self._runner.engine
+
+    @property
+    def engine(self) -> str:
+        """What runs the network, and why not the compiled executor."""
+        return self._runner.engine
 
     @classmethod
     def load(

@@ -115,9 +115,14 @@ def _word(padding: int) -> Padding:
 
 @torch.library.custom_op("xception::depthwise_conv2d", mutates_args=())
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
-    if _is_native(x, weight, bias) and _has_kernels(x, weight, stride, padding, dilation):
+    one_each = x.dim() == 4 and len(weight) == x.shape[1]
+    if one_each and _is_native(x, weight, bias) and _has_kernels(x, weight, stride, padding, dilation):
         key = ("depthwise", stride, padding, dilation)
-        return _NETWORKS.run(x, (weight, bias), key, lambda network: _add_depthwise(network, weight, bias, *key[1:]))
+
+        def build(network: Network) -> int:
+            return _add_depthwise(network, network.load(), weight, bias, stride, padding, dilation)
+
+        return _NETWORKS.run(x, (weight, bias), key, build)
     y = _depthwise_definition(x, weight, bias, stride, padding, dilation)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -138,18 +143,29 @@ def _separable(
     output_activation: str,
 ) -> Tensor:
     if (
-        order == "depthwise_pointwise"
-        and _is_native(x, depthwise, pointwise, bias, residual)
+        _is_native(x, depthwise, pointwise, bias, residual)
         and _has_kernels(x, depthwise, stride, padding, dilation)
         and pointwise.shape[1:] == (x.shape[1], 1, 1)
+        and len(depthwise) == (x.shape[1] if order == "depthwise_pointwise" else len(pointwise))
         and (bias is None or bias.shape == pointwise.shape[:1])
         and _fits(residual, x, depthwise, pointwise, stride, padding, dilation)
     ):
-        options = (stride, padding, dilation, input_relu, intermediate_activation, output_activation)
+        options = (stride, padding, dilation, order, input_relu, intermediate_activation, output_activation)
         key = ("separable", *options, residual is not None)
 
         def build(network: Network) -> int:
             beside = network.load(pointwise.shape[0]) if residual is not None else -1
+            if order == "pointwise_depthwise":
+                mixed = network.convolution(
+                    network.load(),
+                    weights=_array(pointwise[:, :, 0, 0]),
+                    kernel=1,
+                    input_relu=input_relu,
+                    activation=intermediate_activation,
+                )
+                return _add_depthwise(
+                    network, mixed, depthwise, bias, stride, padding, dilation, beside, output_activation
+                )
             return network.separable(
                 network.load(),
                 filters=_filters(depthwise),
@@ -275,8 +291,8 @@ def _is_native(*tensors: Tensor | None) -> bool:
 
 
 def _has_kernels(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> bool:
-    """Whether this is a filter a channel, of a size that the kernels take, over a map that it fits."""
-    if x.dim() != 4 or weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
+    """Whether these filters are of a size that the kernels take, over a map that they fit."""
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != 1:
         return False
     kernel = weight.shape[2]
     if kernel != weight.shape[3] or kernel > 15 or stride > 64 or dilation > 4096:
@@ -307,12 +323,22 @@ def _sampling(weight: Tensor, stride: int, padding: int, dilation: int) -> dict[
 
 
 def _add_depthwise(
-    network: Network, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int
+    network: Network,
+    value: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    residual: int = -1,
+    activation: str = "none",
 ) -> int:
     return network.depthwise(
-        network.load(),
+        value,
         filters=_filters(weight),
         bias=None if bias is None else _array(bias),
+        residual=residual,
+        activation=activation,
         **_sampling(weight, stride, padding, dilation),
     )
 

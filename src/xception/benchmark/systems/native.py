@@ -8,19 +8,22 @@ from typing import Any
 from numpy.typing import NDArray
 
 from xception.benchmark.case import Case, Loaded, System, Unsupported, Variant
+from xception.errors import ConfigError
 
 
 def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
     from xception.benchmark.networks import BUNDLE
-    from xception.inference.compiled import PRECISIONS, compile_model
+    from xception.inference.compiled import compile_model
+    from xception.inference.precision import PRECISIONS
     from xception.weights.bundle import load_bundle
 
     if case.precision not in PRECISIONS:
         raise Unsupported(f"precisions here are {', '.join(PRECISIONS)}")
     model, _ = load_bundle(folder / BUNDLE)
-    compiled = compile_model(model, case.precision, num_threads=case.threads, mode=case.mode)
-    if compiled.backend != "native":
-        raise Unsupported(f"this network would run in PyTorch: {compiled.reason}")
+    try:
+        compiled = compile_model(model, case.precision, num_threads=case.threads, mode=case.mode, backend="native")
+    except ConfigError as error:
+        raise Unsupported(str(error)) from error
     del model
     batch = images.transpose(0, 2, 3, 1).copy()
     return Loaded(call=lambda: compiled(batch), logits=lambda result: result.numpy(), images=len(images))
