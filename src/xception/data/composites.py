@@ -5,25 +5,25 @@ and a weight for each. This is that in small, from the real photographs of Fashi
 small, lie in the quarters of a black canvas of 48 x 48 pixels, garments drawn by Zipf's law (the k-th of the ten as
 often as 1/k says). The labels are all that is true of a canvas:
 
-| label                                     | classes | such as          |
-| ----------------------------------------- | ------- | ---------------- |
-| which garments lie on it                  | 10      | Bag              |
-| how large                                 | 20      | Bag, small       |
-| in which quarter                          | 40      | Bag, top left    |
-| which lie together                        | 55      | Bag with Coat    |
-| which in the left half, which in the right | 100    | Bag left of Coat |
-| which in the upper half, which in the lower | 100   | Bag above Coat   |
+| label                               | classes | such as          |
+| ----------------------------------- | ------- | ---------------- |
+| which garments lie on it            | 10      | Bag              |
+| how large                           | 20      | Bag, small       |
+| in which quarter                    | 40      | Bag, top left    |
+| which lie together                  | 55      | Bag with Coat    |
+| which in the left and right halves  | 100     | Bag left of Coat |
+| which in the upper and lower halves | 100     | Bag above Coat   |
 
-325 classes with about 13 labels an image, so that 100 guesses are a choice; from T-shirts, on two thirds of the images,
-to pairs of rare garments, on one of 500. Small details and their places decide the rarest, so that there is room above a
-network that only sees garments. A class weighs as it is common among the training images, as the paper's classes do by
-how common they are in social media images.
+325 classes with about 13 labels an image, so that 100 guesses are a choice; from T-shirts, on two thirds of
+the images, to pairs of rare garments, on one of 500. Small details and their places decide the rarest, so that there is
+room above a network that only sees garments. A class weighs as much as it is common among the training images, as the
+paper's classes do by how common they are in social media images.
 
 12,000 composites to train on, 1,500 to validate and 3,000 to test, from garments of their own: the first 54,000
 training images of Fashion-MNIST, the other 6,000, and its test images. `fashion-composites:2000` has the first 2,000
-(and 250, and 500); classes that do not occur among so few are no labels then. Composite number i of a part is a function
-of (seed, part, i) alone, in whole numbers, the same bits everywhere. Another seed makes other composites of the same
-garments.
+(and 250, and 500); classes that do not occur among so few are no labels then. Composite number i of a part is a
+function of (seed, part, i) alone, in whole numbers, the same bits everywhere; another seed makes
+others of the same garments.
 """
 
 from __future__ import annotations

@@ -232,8 +232,9 @@ def _well_formed(split: Split, kind: str) -> Iterator[None]:
 
 
 def _check_range(labels: npt.NDArray[np.int64], num_classes: int) -> None:
-    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise DataError(f"expected targets from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}")
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.size:
+        raise DataError(f"expected targets from 0 to {num_classes - 1}, got {wrong[0]}")
 
 
 class _Job(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 from xception.data.folder import PART_NAMES, is_folder
@@ -207,6 +207,7 @@ def build_labelled(
             numbers = tuple(sorted(index[label] for label in note.labels))
             targets.append(numbers if multi_label else (numbers or (0,))[0])  # 0: flawed, and never trained on
         labelled = cast(Targets, tuple(targets))
-        given[part] = Flawed(split, flaws_at, split.keys, labelled)
+        labels_set: Any = replace(cast(Any, split), targets=labelled)
+        given[part] = Flawed(labels_set, flaws_at, split.keys, labelled) if flaws_at else labels_set
     importance = importance_beside(folder, names) if multi_label else None
     return build_source(spec, names, given, plan=plan, multi_label=multi_label, importance=importance)

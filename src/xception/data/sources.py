@@ -108,7 +108,9 @@ def open_source(
             return _open_shards("tar", single_shard(text), folder, text, plan=plan, root=base)
         if is_parquet_name(text):
             return _open_shards("parquet", single_shard(text), folder, text, plan=plan, root=base)
-        raise DataError(f"{printable(text)}: expected a folder of class folders, or a .csv, .tar or .parquet file")
+        raise DataError(
+            f"{printable(text)}: expected a folder of class folders, a .csv file, or .tar or .parquet shards"
+        )
     if named:
         from xception.data.torchvision_sets import open_torchvision, set_name
 
@@ -147,9 +149,8 @@ def _unknown(text: str) -> str:
     close += [choices[name] for name in difflib.get_close_matches(text.lower(), choices, n=2)]
     hint = f" (did you mean {' or '.join(printable(name) for name in close)}?)" if close else ""
     return (
-        f"no data at {printable(text)!r}{hint}: expected a folder of class folders, a .csv, .tar or .parquet "
-        "file or a folder of those, 'digits', 'fashion-mnist', 'fashion-composites', or a torchvision data set such as "
-        "'cifar10'"
+        f"no data at {printable(text)!r}{hint}: expected a folder of class folders, a .csv file, .tar or "
+        ".parquet shards, 'digits', 'fashion-mnist', 'fashion-composites', or a torchvision data set such as 'cifar10'"
     )
 
 

@@ -20,7 +20,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from xception.data.importance import FILE_NAMES
 from xception.data.labels import Targets, printable
 from xception.data.shards import MAX_SAMPLES, Annotation, Shard, annotation, build_labelled
 from xception.data.split import DataSource, Pixels, SplitPlan
-from xception.data.tar_index import Member, read_members
+from xception.data.tar_index import Member, read_at, read_members
 from xception.errors import ConfigError, DataError, ImageError
 
 MAX_LABEL_BYTES = 1 << 16
@@ -57,7 +57,7 @@ class TarSplit:
             raise ImageError(f"a file of {size:,} bytes, more than the limit of {DEFAULT_LIMITS.max_bytes:,}")
         try:
             with open(self.files[number], "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
+                data = read_at(file, offset, size)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror}") from error
         if len(data) < size:
@@ -118,14 +118,11 @@ def _samples(shard: Shard) -> Iterator[tuple[str, Member, Annotation]]:
     try:
         if not os.path.isfile(shard.path):
             raise DataError(f"{shown}: expected a tar file")
-        descriptor = os.open(shard.path, os.O_RDONLY)
-        try:
-            for member in read_members(descriptor, shown):
-                _sort_in(member, found, descriptor)
+        with open(shard.path, "rb", buffering=0) as file:
+            for member in read_members(file, shown):
+                _sort_in(member, found, file)
                 if len(found) > MAX_SAMPLES:
                     raise DataError(f"{shown}: more than {MAX_SAMPLES:,} samples")
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise DataError(f"{shown}: cannot be read: {error.strerror}") from error
     if not found:
@@ -144,7 +141,7 @@ def _samples(shard: Shard) -> Iterator[tuple[str, Member, Annotation]]:
             yield name, image, sample.labels["cls" if "cls" in sample.labels else "json"]
 
 
-def _sort_in(member: Member, found: dict[str, _Sample], descriptor: int) -> None:
+def _sort_in(member: Member, found: dict[str, _Sample], file: BinaryIO) -> None:
     name = re.sub(r"^(\./)+", "", member.name)
     parts = _SAMPLE.fullmatch(name)
     if parts is None:
@@ -155,13 +152,13 @@ def _sort_in(member: Member, found: dict[str, _Sample], descriptor: int) -> None
     elif ending in ("json", "cls"):
         labels = found.setdefault(base, _Sample()).labels
         read = Annotation(flaw=f"two .{ending} of this name") if ending in labels else None
-        labels[ending] = read or _read_labels(member, ending, descriptor)
+        labels[ending] = read or _read_labels(member, ending, file)
 
 
-def _read_labels(member: Member, ending: str, descriptor: int) -> Annotation:
+def _read_labels(member: Member, ending: str, file: BinaryIO) -> Annotation:
     if member.size > MAX_LABEL_BYTES:
         return Annotation(flaw=f"its .{ending} has {member.size:,} bytes, more than {MAX_LABEL_BYTES:,}")
-    data = os.pread(descriptor, member.size, member.offset)
+    data = read_at(file, member.offset, member.size)
     try:
         text = data.decode("utf-8-sig")
         if ending == "cls":

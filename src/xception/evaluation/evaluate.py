@@ -55,7 +55,9 @@ def evaluate(
 
     `part` "auto" never takes images that the model was trained on where it can know: the test part of the very
     data it was trained on (split again as it was then), else the data's own test part, else its validation part,
-    else everything. `blacklist` is ILSVRC's list of validation images to leave out, as the paper does. Raises `WeightsError`, `DataError` or `ConfigError` with one line for what cannot be used.
+    else everything. `blacklist` is ILSVRC's list of validation images to leave out, as the paper does.
+
+    Raises `WeightsError`, `DataError` or `ConfigError` with one line for what cannot be used.
     """
     listed = None if blacklist is None else read_blacklist(blacklist)
     network, info = load_model(model)
