@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from xception.errors import MissingPackageError, XceptionError
 from xception.inference.embedding import OUTPUTS, AllOutputs, Output
 from xception.inference.precision import Precision
+from xception.inference.signal_stack import kept_signal_stack
 from xception.ops.backend import use_backend
 
 # What OpenVINO calls them: as a hint, among a device's capabilities, and as a type. Without the hint it computes in
@@ -60,6 +61,7 @@ class OpenVinoEngine:
     a forked process converts the network again.
     """
 
+    @kept_signal_stack()
     def __init__(self, model: nn.Module, *, precision: Precision, num_threads: int, latency: bool) -> None:
         self._openvino = _openvino()
         core = self._openvino.Core()
@@ -79,6 +81,7 @@ class OpenVinoEngine:
         size = int(model.config.input_size)  # type: ignore[union-attr, arg-type]
         self._queue_for(size, size)
 
+    @kept_signal_stack()
     def __call__(self, batch: NDArray[np.float32], output: Output) -> Tensor:
         """N H W C, contiguous -> logits N `num_classes`, features N C H' W', or pooled features N C.
 
