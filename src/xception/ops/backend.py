@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from xception._native import Network as Network
+    from xception._native import Optimiser as Optimiser
 
     Backend = Literal["native", "reference"]
     Precision = Literal["fp32", "bf16", "fp16"]
@@ -40,7 +41,7 @@ _OTHER_LEVELS: tuple[str, ...] = ("scalar",)
 _PART_OF = {"avx512_vnni": "avx512", "avx512_bf16": "avx512"}
 
 # The interface of the extension that this version of the package works with: `kInterface` in bindings.cpp.
-_INTERFACE = 2
+_INTERFACE = 3
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -118,7 +119,7 @@ def active_backend() -> Backend:
         return choice
     if _native is not None:
         return "native"
-    _say_once(f"running on plain PyTorch: {_why_not_native}")
+    say_once(f"running on plain PyTorch: {_why_not_native}")
     return "reference"
 
 
@@ -130,7 +131,8 @@ def _checked(choice: BackendChoice) -> BackendChoice:
     return choice
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn of something, the same thing once a process."""
     # setdefault is atomic: of many threads exactly one finds its own token, and no lock can be caught by a fork.
     token = object()
     if _said.setdefault(message, token) is token:
@@ -203,6 +205,17 @@ def new_network(precision: Precision, channels: int, threads: int, *, latency: b
         raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
     network: Network = _native.Network(kernel_level(precision), precision, channels, threads, latency=latency)
     return network
+
+
+def new_optimiser(threads: int) -> Optimiser:
+    """The compiled steps of optimisers, on so many threads, for the strongest level; see `_native.pyi`.
+
+    Raises ConfigError like `new_network`.
+    """
+    if _native is None:
+        raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
+    optimiser: Optimiser = _native.Optimiser(kernel_level("fp32"), threads)
+    return optimiser
 
 
 def describe() -> str:

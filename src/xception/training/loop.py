@@ -181,10 +181,17 @@ class Run:
             norm.momentum = share
         # A compiled network would be compiled anew for every share of the first steps.
         network = phase.network if phase.on_features or share == recipe.norm_momentum else state.model
-        result = train_step(network, state.optimizer, state.scaler, usable, seed=seed, config=self.config)
+        result = train_step(
+            network,
+            state.optimizer,
+            state.scaler,
+            usable,
+            seed=seed,
+            config=self.config,
+            average=phase.average if recipe.polyak_decay else None,
+            number=progress.step,
+        )
         if result.applied:
-            if recipe.polyak_decay:
-                phase.average.update(progress.step)
             progress.add(result.loss, result.correct, result.count)
         elif not looks_for_scale(state.scaler, scale, result):
             note_skipped(progress, result, self.reporter.say)

@@ -12,7 +12,9 @@ from torch.optim.optimizer import Optimizer
 
 from xception.data.loader import Batch
 from xception.training.losses import balanced_weights, classification_loss
+from xception.training.optimizers import PolyakAverage
 from xception.training.prepare import Plan
+from xception.training.update import update
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,14 +84,19 @@ def train_step(
     *,
     seed: int,
     config: StepConfig,
+    average: PolyakAverage | None = None,
+    number: int = 0,
 ) -> StepResult:
-    """One update from the mean gradient over all images of `batches`.
+    """One update from the mean gradient over all images of `batches`, after which `average` takes in the weights.
 
-    `seed` decides dropout, so that a step can be repeated. Where the loss or the gradient is not finite, weights,
-    optimiser and batch norm statistics are left exactly as they were, and `applied` is False.
+    It is update number `number` (from 0). `seed` decides dropout, so that a step can be repeated. Where the loss or
+    the gradient is not finite, weights, optimiser, batch norm statistics and average are left exactly as they were,
+    and `applied` is False.
     """
     count = sum(len(b.images) for b in batches)
     if count == 0:
+        if average is not None:
+            average.update(number)
         return StepResult(0.0, 0, 0, 0.0, True)
     torch.manual_seed(seed)
     statistics = [(b, b.clone()) for b in model.buffers()]
@@ -107,9 +114,9 @@ def train_step(
     norm = float(torch.nn.utils.get_total_norm(gradients))
     finite = all(map(_is_finite, (loss_sum, norm)))
     if finite:
-        if config.clip_norm and norm > config.clip_norm:
-            torch._foreach_mul_(gradients, config.clip_norm / norm)
-        scaler.step(optimizer)
+        clips = config.clip_norm > 0 and norm > config.clip_norm
+        # Not by `scaler.step`, which would look for what is not finite once more.
+        update(optimizer, average, number, gradient_scale=config.clip_norm / norm if clips else 1.0)
     else:
         with torch.no_grad():
             for buffer, before in statistics:
