@@ -107,7 +107,10 @@ def test_scaling_measures_ours_and_the_best_peer(fakes: Any, capsys: pytest.Capt
     ("arguments", "says"),
     [
         ([], "inference"),
-        (["training"], "inference"),
+        (["serving"], "inference"),
+        (["training", "--mode", "latency"], "--mode is one of inference"),
+        (["training", "--precision", "int8"], "unknown precision"),
+        (["training", "--systems", "openvino"], "unknown system"),
         (["inference", "--model", "xcepton"], "did you mean xception"),
         (["inference", "--batch", "0"], "batch must be from 1"),
         (["inference", "--rounds", "0"], "rounds must be from 1"),

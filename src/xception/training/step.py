@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from xception.training.optimizers import PolyakAverage
 from xception.training.prepare import Plan
 from xception.training.update import update
 
+StepPart = Literal["forward", "backward", "optimiser"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,12 +88,13 @@ def train_step(
     config: StepConfig,
     average: PolyakAverage | None = None,
     number: int = 0,
+    done: Callable[[StepPart], None] = lambda part: None,
 ) -> StepResult:
     """One update from the mean gradient over all images of `batches`, after which `average` takes in the weights.
 
     It is update number `number` (from 0). `seed` decides dropout, so that a step can be repeated. Where the loss or
     the gradient is not finite, weights, optimiser, batch norm statistics and average are left exactly as they were,
-    and `applied` is False.
+    and `applied` is False. `done` is told each part of the step that is done.
     """
     count = sum(len(b.images) for b in batches)
     if count == 0:
@@ -106,9 +109,11 @@ def train_step(
         if len(batch.images) == 0:
             continue
         loss, batch_correct = _forward(model, batch, config)
+        done("forward")
         loss_sum += float(loss.detach())
         correct += batch_correct
         scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+        done("backward")
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -123,6 +128,7 @@ def train_step(
                 buffer.copy_(before)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
+    done("optimiser")
     return StepResult(loss_sum, correct, count, norm, finite)
 
 

@@ -15,6 +15,7 @@ def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
     from xception.inference.compiled import PRECISIONS, compile_model
     from xception.weights.bundle import load_bundle
 
+    assert case.mode != "training"
     if case.precision not in PRECISIONS:
         raise Unsupported(f"precisions here are {', '.join(PRECISIONS)}")
     model, _ = load_bundle(folder / BUNDLE)
