@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from xception.benchmark import inference, training
 from xception.benchmark.case import PARTS, TRAINING_BOUNDS, Case, Loaded, Unsupported
 from xception.benchmark.inference import cases_of, missing
+from xception.benchmark.scaling import points
 from xception.benchmark.session import Process, Session, Visit
 from xception.benchmark.systems import MACHINE, TRAINING_SYSTEMS
 from xception.benchmark.worker import largest_error
@@ -190,6 +192,16 @@ def test_a_peer_whose_steps_differ_is_refused(run: training.Run) -> None:
     assert [(line["system"], line["variant"]) for line in wrong] == [("timm", "eager")]
     assert "its loss or gradient differ by 0.5 of theirs, at most 0.005" in wrong[0]["error"]
     assert run.failed == 1
+
+
+def test_scaling_stays_with_training() -> None:
+    settings = training.Settings(threads=2, batch=8)
+    ours = {"system": "xception", "variant": "native", "precision": "bf16", "model": "xception"}
+    found = list(points(settings, [{**ours, "best_peer": "timm compiled, bf16"}]))
+    assert {axis for axis, _, _ in found} == {"batch", "size", "threads"}
+    for _, changed, chosen in found:
+        assert replace(settings, **changed).modes == ("training",)
+        assert chosen == {("xception", "native", "bf16"), ("timm", "compiled", "bf16")}
 
 
 def test_table_3_is_measured_in_torchvision_and_timm(monkeypatch: pytest.MonkeyPatch) -> None:
