@@ -14,6 +14,7 @@
 #include "bindings.hpp"
 #include "cpu_features.hpp"
 #include "network.hpp"
+#include "optimise.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -22,7 +23,7 @@ namespace {
 
 // Raised with every change of this module's interface. xception/ops/backend.py expects the same number, so
 // that an extension left over from an earlier editable install is noticed instead of misused.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 nb::dict to_dict(const xception::CpuFeatures& features) {
   nb::dict out;
@@ -103,6 +104,75 @@ void run(xception::Network& network, const Floats<4>& images, int value, const W
     throw std::invalid_argument("the output does not have the value's shape");
   const nb::gil_scoped_release release;
   network.run(given, value, output.data());
+}
+
+using Addresses = nb::ndarray<const std::uint64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A row an update: the addresses of its weight, gradient, first, second and average (0: none), and its size.
+// xception/ops/steps.py, which makes them, has held each array against the weight; here is seen to it that every array
+// that the rule uses is there.
+std::vector<xception::Update> updates_of(const Addresses& rows, const xception::Coefficients& with) {
+  using xception::Rule;
+  if (rows.shape(1) != 6) throw std::invalid_argument("expected rows of five addresses and a size");
+  const bool gradient = with.rule != Rule::average;
+  const bool first = gradient && (with.rule != Rule::sgd || with.momentum);
+  const bool second = with.rule == Rule::rmsprop || with.rule == Rule::adamw;
+  const bool needed[] = {true, gradient, first, second, with.rule == Rule::average};
+  std::vector<xception::Update> out;
+  out.reserve(rows.shape(0));
+  for (std::size_t r = 0; r < rows.shape(0); ++r) {
+    const std::uint64_t* row = rows.data() + 6 * r;
+    float* arrays[5];
+    for (int i = 0; i < 5; ++i) {
+      if (row[i] % sizeof(float) != 0 || (needed[i] && row[i] == 0 && row[5] != 0))
+        throw std::invalid_argument("expected the address of an array of float32 in column " + std::to_string(i));
+      arrays[i] = reinterpret_cast<float*>(static_cast<std::uintptr_t>(row[i]));
+    }
+    if (row[5] > std::uint64_t{1} << 40) throw std::invalid_argument("expected at most 2^40 numbers");
+    out.push_back({.weight = arrays[0], .gradient = arrays[1], .first = arrays[2], .second = arrays[3],
+                   .average = arrays[4], .size = static_cast<std::int64_t>(row[5])});
+  }
+  return out;
+}
+
+xception::Rule rule_of(const std::string& word) {
+  using enum xception::Rule;
+  constexpr std::pair<const char*, xception::Rule> words[] = {
+      {"average", average}, {"sgd", sgd}, {"rmsprop", rmsprop}, {"adamw", adamw}};
+  return one_of(word, words, "rule");
+}
+
+std::unique_ptr<xception::Optimiser> make_optimiser(const std::string& level, int threads) {
+  const xception::CpuFeatures features = xception::cpu_features();
+  if ((level == "avx2" && !features.avx2) || (level == "avx512" && !features.avx512))
+    throw std::invalid_argument("this processor does not run steps for '" + level + "'");
+  return std::make_unique<xception::Optimiser>(level, threads);
+}
+
+void bind_optimiser(nb::module_& m) {
+  using xception::Optimiser;
+  nb::class_<Optimiser>(m, "Optimiser", "Steps of an optimiser, and of a running average, in one pass over memory.")
+      .def(nb::new_(&make_optimiser), "level"_a, "threads"_a)
+      .def(
+          "step",
+          [](Optimiser& optimiser, const Addresses& rows, const std::string& rule, bool nesterov, bool momentum,
+             bool begins, bool decays, double scale, double rate, double decay, double first, double second,
+             double rest, double epsilon, double correction, double share) {
+            const auto narrow = [](double value) { return static_cast<float>(value); };
+            const xception::Coefficients with{
+                .rule = rule_of(rule), .nesterov = nesterov, .momentum = momentum, .begins = begins,
+                .decays = decays, .scale = narrow(scale), .rate = narrow(rate), .decay = narrow(decay),
+                .first = narrow(first), .second = narrow(second), .rest = narrow(rest), .epsilon = narrow(epsilon),
+                .correction = narrow(correction), .share = narrow(share)};
+            const std::vector<xception::Update> updates = updates_of(rows, with);
+            const nb::gil_scoped_release release;
+            optimiser.step(updates, with);
+          },
+          nb::arg("rows").noconvert(), "rule"_a, nb::kw_only(), "nesterov"_a = false, "momentum"_a = false,
+          "begins"_a = false, "decays"_a = false, "scale"_a = 1.0, "rate"_a = 0.0, "decay"_a = 0.0, "first"_a = 0.0,
+          "second"_a = 0.0, "rest"_a = 0.0, "epsilon"_a = 0.0, "correction"_a = 1.0, "share"_a = 0.0,
+          "Rows of addresses and sizes, uint64; the coefficients of `native/src/optimise.hpp`.")
+      .def_prop_ro("threads", &Optimiser::threads);
 }
 
 void bind_network(nb::module_& m) {
@@ -239,6 +309,7 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);
   bind_network(m);
   bind_train(m);
+  bind_optimiser(m);
   m.def("cpu_name", &xception::cpu_name, "The processor's own name; empty where it does not tell.");
   m.def(
       "cpu_features", [] { return to_dict(xception::cpu_features()); },

@@ -223,3 +223,33 @@ class UnitTrainer:
         winners: _Array,
         input_gradient: _Array,
     ) -> None: ...
+
+class Optimiser:
+    """Steps of an optimiser, and of a running average, in one pass over memory; see native/src/optimise.hpp.
+
+    `rows` N x 6: the addresses of weight, gradient, first, second and average, and the size. They are believed:
+    xception/ops/steps.py alone makes them.
+    """
+
+    def __init__(self, level: str, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    def step(
+        self,
+        rows: NDArray[np.uint64],
+        rule: str,
+        *,
+        nesterov: bool = False,
+        momentum: bool = False,
+        begins: bool = False,
+        decays: bool = False,
+        scale: float = 1.0,
+        rate: float = 0.0,
+        decay: float = 0.0,
+        first: float = 0.0,
+        second: float = 0.0,
+        rest: float = 0.0,
+        epsilon: float = 0.0,
+        correction: float = 1.0,
+        share: float = 0.0,
+    ) -> None: ...

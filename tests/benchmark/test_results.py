@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 
-from xception.benchmark.results import BEGIN, END, FOLDER, PATTERN, main, read_lines, table, with_table, write_lines
+from xception.benchmark.results import (
+    BEGIN,
+    END,
+    FOLDER,
+    KINDS,
+    Kind,
+    main,
+    marks,
+    pattern,
+    read_lines,
+    table,
+    with_table,
+    write_lines,
+)
 from xception.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -99,9 +112,32 @@ def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
         table(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
-def test_the_readme_is_current(name: str) -> None:
+def test_the_readme_is_current(name: str, kind: Kind) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    if not list((ROOT / FOLDER).glob(PATTERN)) or (BEGIN not in text and name != "README.md"):
+    if not list((ROOT / FOLDER).glob(pattern(kind))) or (marks(kind)[0] not in text and name != "README.md"):
         pytest.skip("no results, or no table in this document")
-    assert with_table(text, table(ROOT / FOLDER)) == text, f"run: python -m xception.benchmark.results {name}"
+    made = with_table(text, table(ROOT / FOLDER, kind), kind)
+    assert made == text, f"run: python -m xception.benchmark.results {name}"
+
+
+def test_training_has_a_table_of_its_own(folder: Path, tmp_path: Path) -> None:
+    shares = {"data_share": 0.0104, "forward_share": 0.3, "backward_share": 0.58, "optimiser_share": 0.11}
+    about = {"mode": "training", "batch": 16, "peak_memory_mb": 4321.4, **shares}
+    ours = {**OURS, **about, "variant": "native", "best_peer": "timm compiled, bf16"}
+    peer = line("timm", **about, variant="compiled", images_per_second=5.25)
+    write_lines(folder / "training-a.jsonl", [MACHINE, ours, peer])
+    assert table(folder, "training").splitlines()[2] == (
+        "| `xception`, 299 pixels, batch 16 | bf16 | native | 81.2 images/s | 5.2 images/s (timm compiled, bf16) "
+        "| 2.03 | 1 %, 30 %, 58 %, 11 % | 4,321 |"
+    )
+    readme = tmp_path / "README.md"
+    begin, end = marks("training")
+    readme.write_text(f"{BEGIN}\n{END}\n{begin}\n{end}\n")
+    main([str(readme)])
+    text = readme.read_text()
+    assert text.index("| logit error |") < text.index(END) < text.index(begin) < text.index("| MB |") < text.index(end)
+    (folder / "training-a.jsonl").unlink()
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    main([str(readme)])  # nothing was measured, nothing is asked for

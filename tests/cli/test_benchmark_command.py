@@ -40,6 +40,28 @@ def test_ours_alone_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert machine["versions"]["torch"]
 
 
+@pytest.mark.native
+def test_training_of_ours_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("xception._native")
+    out = tmp_path / "training.jsonl"
+    what = ["--systems", "xception", "--precision", "fp32", "--json", "--out", str(out)]
+    sizes = ["--size", "71", "--batch", "4", "--threads", "1", "--rounds", "1"]
+    assert main(["benchmark", "training", *sizes, *what]) == 0
+    lines = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert {(line["system"], line["variant"], line["mode"]) for line in lines if line["model"] == "xception"} == {
+        ("xception", "native", "training"), ("xception", "reference", "training"),
+    }  # fmt: skip
+    for line in lines:
+        assert line.keys() >= KEYS
+        shares = [line[f"{part}_share"] for part in ("data", "forward", "backward", "optimiser")]
+        assert 0.9 < sum(shares) <= 1.01
+        assert line["logit_error"] < 5e-3
+        assert line["peak_memory_mb"] > 100
+    machine, *written = (json.loads(row) for row in out.read_text().splitlines())
+    assert machine["system"] == "machine"
+    assert written == lines
+
+
 class Fake:
     """A session that takes no time; timm is half as fast as ours, and disagrees where `wrong` says so."""
 
@@ -107,7 +129,10 @@ def test_scaling_measures_ours_and_the_best_peer(fakes: Any, capsys: pytest.Capt
     ("arguments", "says"),
     [
         ([], "inference"),
-        (["training"], "inference"),
+        (["serving"], "inference"),
+        (["training", "--mode", "latency"], "--mode is one of inference"),
+        (["training", "--precision", "int8"], "unknown precision"),
+        (["training", "--systems", "openvino"], "unknown system"),
         (["inference", "--model", "xcepton"], "did you mean xception"),
         (["inference", "--batch", "0"], "batch must be from 1"),
         (["inference", "--rounds", "0"], "rounds must be from 1"),

@@ -65,6 +65,33 @@ def test_other_random_numbers_are_neither_used_nor_moved(channels: int) -> None:
     assert torch.equal(*results)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([0, 1, 2, 7]),
+    st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    st.sampled_from([(20, 20), (28, 17), (1, 1)]),
+    st.integers(0, 2**64 - 1),
+)
+def test_shift_and_flip_are_torchvisions(margin: int, flip: float, size: tuple[int, int], seed: int) -> None:
+    """The same draws and the same pixels as the transforms whose place they take."""
+    from torchvision.transforms import v2
+
+    preprocess = Preprocess(size=size)
+    augmenter = SampleAugmenter(Augment(translate_pixels=margin, horizontal_flip=flip), preprocess)
+    padded = augmenter.pad(preprocess.geometry(picture(40, 31)))
+    theirs = [v2.RandomCrop(size)] if margin else []
+    theirs += [v2.RandomHorizontalFlip(flip)] if flip else []
+    with isolated_rng() as reseed:
+        reseed(seed)
+        expected = padded
+        for transform in theirs:
+            expected = transform(expected)
+        after = torch.get_rng_state()
+        reseed(seed)
+        assert torch.equal(augmenter.from_padded(padded), expected)
+        assert torch.equal(torch.get_rng_state(), after)
+
+
 def test_the_generator_comes_back_after_an_error() -> None:
     state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), isolated_rng() as reseed:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import xception
 from xception.training.checkpoint import checkpoints
-from xception.training.record import TrainResult
+from xception.training.record import TIMINGS, TrainResult
 from xception.weights.bundle import load_bundle
 
 TINY = {"stem_widths": (4, 8), "entry_widths": (8, 12), "middle_modules": 1, "exit_widths": (16,)}
@@ -47,7 +47,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
 
 
 def start(out: Path, *more: str, data: str = "digits") -> subprocess.Popen[bytes]:

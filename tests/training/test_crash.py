@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from xception.training.checkpoint import checkpoints, load_latest, read_checkpoint
+from xception.training.record import TIMINGS
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
@@ -163,7 +164,7 @@ def kill_at_random(out: Path, kills: int, *options: str, rng: random.Random) -> 
 
 
 def without_speed(path: Path) -> list[dict[str, object]]:
-    return [{**json.loads(line), "images_per_second": 0} for line in path.read_text().splitlines()]
+    return [{**json.loads(line), **dict.fromkeys(TIMINGS, 0)} for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +10,24 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
-Mode = Literal["throughput", "latency"]
+Mode = Literal["throughput", "latency", "training"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
 MODES: tuple[Mode, ...] = ("throughput", "latency")
+"""Those of inference."""
 
 # The largest relative error of the logits, |found - expected| / |expected| in the Euclidean norm over a batch, against
 # PyTorch in fp32. Wide enough for every honest engine on weights drawn at random (bf16 seen: 0.03 for Xception, 0.13
 # for Inception V3), too narrow for a wrong network, whose error is above 1.
 ERROR_BOUNDS: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.05, "int8": 0.5}
+
+
+# The same for the loss and the gradient's norm of a first step, and the loss of the second, each by itself.
+TRAINING_BOUNDS: dict[Precision, float] = {"fp32": 5e-3, "bf16": 0.1}
+
+Part = Literal["data", "forward", "backward", "optimiser"]
+PARTS: tuple[Part, ...] = ("data", "forward", "backward", "optimiser")
+"""Of a training step, in their order."""
 
 
 class Unsupported(Exception):
@@ -52,12 +61,16 @@ class Loaded:
 
     Inputs are converted to the system's own layout and type before, so that `call` is the inference alone. `rate`
     measures images a second in about so many seconds, where the mean or median over calls is not what is wanted.
+
+    In training a call makes the first two steps from the network's weights, and `logits` is their losses and norm
+    (`steps.first_steps`); `rate` makes more of them. `shares` tells how the time of the last `rate` was divided.
     """
 
     call: Callable[[], Any]
     logits: Callable[[Any], NDArray[Any]] | None
     images: float
     rate: Callable[[float], float] | None = None
+    shares: Callable[[], Mapping[Part, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

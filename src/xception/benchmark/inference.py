@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from xception.benchmark.case import ERROR_BOUNDS, MODES, PRECISIONS, Case, Mode, Precision, System
+from xception.benchmark.case import ERROR_BOUNDS, MODES, PARTS, PRECISIONS, Case, Mode, Precision, System
 from xception.benchmark.catalog import CATALOG
 from xception.benchmark.rounds import against_best, interleave, median_ratio
 from xception.benchmark.session import Failed, LeftOut, Process, Session, Visit
-from xception.benchmark.systems import ALL_SYSTEMS, MACHINE, OURS, SYSTEMS
+from xception.benchmark.systems import MACHINE, OURS, SYSTEMS, systems_for
 from xception.benchmark.systems.matrix_peak import OPERATIONS, SIDE
 from xception.errors import ConfigError
 from xception.models.fields import unknown_name
@@ -54,12 +54,16 @@ class Settings:
     seconds: float = 0.5
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    known_systems: ClassVar[Mapping[str, System]] = SYSTEMS
+    known_precisions: ClassVar[tuple[Precision, ...]] = PRECISIONS
+    known_modes: ClassVar[tuple[Mode, ...]] = MODES
+
     def __post_init__(self) -> None:
         for kind, names, known in (
             ("model", self.models, list(CATALOG)),
-            ("precision", self.precisions, list(PRECISIONS)),
-            ("mode", self.modes, list(MODES)),
-            ("system", self.systems, list(SYSTEMS)),
+            ("precision", self.precisions, list(self.known_precisions)),
+            ("mode", self.modes, list(self.known_modes)),
+            ("system", self.systems, list(self.known_systems)),
         ):
             if not names:
                 raise ConfigError(f"expected at least one {kind} of {', '.join(known)}")
@@ -78,11 +82,11 @@ class Settings:
             raise ConfigError(f"seconds must be more than 0, at most 60; got {self.seconds!r}")
 
 
-def missing(systems: Iterable[str]) -> dict[str, str]:
+def missing(systems: Iterable[str], mode: Mode = "throughput") -> dict[str, str]:
     """System or variant -> the package that it lacks here."""
     lacking = {}
     for name in systems:
-        system = ALL_SYSTEMS[name]
+        system = systems_for(mode)[name]
         if absent := [package for package in (*system.needs, *system.exports) if not installed(package)]:
             lacking[name] = absent[0]
             continue
@@ -107,11 +111,12 @@ def models_of(settings: Settings) -> list[str]:
 
 def cases_of(settings: Settings, precisions: Sequence[Precision], mode: Mode) -> list[Case]:
     """All cases of one heat, those whose packages are missing left out."""
-    absent = missing([*settings.systems, MACHINE])
+    known = systems_for(mode)
+    absent = missing([*settings.systems, MACHINE], mode)
     cases = []
     for model in models_of(settings):
         for name in settings.systems:
-            if name in absent or not _takes(SYSTEMS[name], model):
+            if name in absent or not _takes(known[name], model):
                 continue
             cases += [
                 Case(
@@ -124,7 +129,7 @@ def cases_of(settings: Settings, precisions: Sequence[Precision], mode: Mode) ->
                     size=settings.size,
                     threads=settings.threads,
                 )
-                for variant in SYSTEMS[name].variants
+                for variant in known[name].variants
                 if variant.precision in precisions
                 and mode in variant.modes
                 and f"{name} {variant.name}, {variant.precision}" not in absent
@@ -136,7 +141,7 @@ def cases_of(settings: Settings, precisions: Sequence[Precision], mode: Mode) ->
             system=MACHINE, variant=variant.name, precision=variant.precision, mode=mode, model="matrix product",
             batch=1, size=SIDE, threads=settings.threads,
         )
-        for variant in ALL_SYSTEMS[MACHINE].variants
+        for variant in known[MACHINE].variants
         if variant.precision in precisions
     ]  # fmt: skip
     return cases + peaks
@@ -146,6 +151,8 @@ def _takes(system: System, model: str) -> bool:
     """Keras has `xception_tf` alone, which the others but ours do not have; ours has no Inception."""
     if CATALOG[model].keras:
         return system.name in ("keras", OURS)
+    if system.name == "torchvision":
+        return model == TABLE_3
     return system.name != "keras" and not (system.name == OURS and model == TABLE_3)
 
 
@@ -161,9 +168,12 @@ class Run:
     scaling: str | None = None  # the axis of `scaling.points` that this is a point of
     failed: int = 0
 
+    bounds: ClassVar[Mapping[Precision, float]] = ERROR_BOUNDS
+    compared: ClassVar[str] = "logits"
+
     def __call__(self) -> list[Line]:
         """Measure everything; returns the lines that were told. `failed` counts systems that did not run or agree."""
-        for name, package in missing(self.settings.systems).items():
+        for name, package in missing(self.settings.systems, self.settings.modes[0]).items():
             self.say(f"not installed: {name} (it needs {package})")
         lines: list[Line] = []
         precisions = [p for p in PRECISIONS if p in self.settings.precisions]
@@ -187,7 +197,7 @@ class Run:
                 self.say(f"loading {number} of {len(cases)}: {case}")
                 try:
                     session = (self.start or Process)(
-                        case, root / case.model, ALL_SYSTEMS[case.system].environment(case)
+                        case, root / case.model, systems_for(case.mode)[case.system].environment(case)
                     )
                 except LeftOut as reason:
                     self.say(f"left out: {case}: {reason}")
@@ -195,10 +205,12 @@ class Run:
                     lines.append(self._failure(case, str(error)))
                 else:
                     stack.callback(session.close)
-                    bound, error_here = ERROR_BOUNDS[case.precision], session.logit_error
+                    bound, error_here = self.bounds[case.precision], session.logit_error
                     if error_here is not None and not error_here <= bound:
                         session.close()
-                        message = f"its logits differ by {error_here:.2g} of theirs, at most {bound:g} is allowed"
+                        message = (
+                            f"its {self.compared} differ by {error_here:.2g} of theirs, at most {bound:g} is allowed"
+                        )
                         lines.append(self._failure(case, message))
                     else:
                         sessions[case] = session
@@ -220,7 +232,8 @@ class Run:
             )
         for case in rates:
             if case.system != MACHINE:
-                line = _line(case, rates, works[case.model], visits[case], sessions[case].logit_error)
+                operations = self.operations(works[case.model])
+                line = _line(case, rates, operations, visits[case], sessions[case].logit_error)
                 if self.scaling is not None:
                     line["scaling"] = self.scaling
                 self.tell(line)
@@ -229,16 +242,17 @@ class Run:
 
     def _write(self, cases: Sequence[Case], root: Path) -> dict[str, Work]:
         """The networks of these cases, in the files that their systems read."""
-        from xception.benchmark.networks import Work, write_work
+        from xception.benchmark.networks import Work
 
+        mode, known = self.settings.modes[0], self.settings.known_systems
         works: dict[str, Work] = {}
         for model in dict.fromkeys(case.model for case in cases if case.system != MACHINE):
-            systems = {name for name in self.settings.systems if not missing([name]).get(name)}
+            systems = {name for name in self.settings.systems if not missing([name], mode).get(name)}
             files: set[str] = set()
-            for system in (SYSTEMS[name] for name in systems if _takes(SYSTEMS[name], model)):
+            for system in (known[name] for name in systems if _takes(known[name], model)):
                 files.update(system.files)
                 for variant in system.variants:
-                    lacks = f"{system.name} {variant.name}, {variant.precision}" in missing([system.name])
+                    lacks = f"{system.name} {variant.name}, {variant.precision}" in missing([system.name], mode)
                     if variant.precision in self.settings.precisions and not lacks:
                         files.update(variant.files)
             works[model] = Work(
@@ -246,8 +260,18 @@ class Run:
             )
             if not (root / model).exists():
                 self.say(f"preparing {model}")
-                write_work(works[model], root / model, files)
+                self.write(works[model], root / model, files)
         return works
+
+    def write(self, work: Work, folder: Path, files: set[str]) -> None:
+        """Write the network of `work`, what it is given, and what it must answer, into `folder`."""
+        from xception.benchmark.networks import write_work
+
+        write_work(work, folder, files)
+
+    def operations(self, work: Work) -> float:
+        """Multiplications and additions for one image."""
+        return 2 * work.multiply_adds
 
     def _failure(self, case: Case, message: str) -> Line:
         self.failed += 1
@@ -260,7 +284,7 @@ class Run:
 def _line(
     case: Case,
     rates: Mapping[Case, Sequence[float]],
-    work: Work,
+    operations: float,
     visits: Sequence[Visit],
     logit_error: float | None,
 ) -> Line:
@@ -278,13 +302,16 @@ def _line(
         "best_peer": _name(best),
         "logit_error": _rounded(logit_error, 3),
         "peak_memory_mb": _rounded(max(visit.peak_memory_mb for visit in visits)),
-        "fraction_of_peak": _rounded(_fraction(case, rates, work)),
+        "fraction_of_peak": _rounded(_fraction(case, rates, operations)),
         "rounds": len(rates[case]),
     }
     if case.precision in HALF:
         best, ratio = against_best(case, [c for c in rates if same(c) and c.precision in HALF], rates)
         line["ratio_to_best_half_precision_peer"] = _rounded(ratio)
         line["best_half_precision_peer"] = _name(best)
+    for part in PARTS if case.mode == "training" else ():
+        told = [visit.shares[part] for visit in visits if part in visit.shares]
+        line[f"{part}_share"] = _rounded(median(told), 3) if told else None
     table_3 = [c for c in rates if c.model == TABLE_3 and c.system != OURS]
     if table_3 and case.model != TABLE_3:
         line["ratio_to_inception_v3"] = _rounded(against_best(case, table_3, rates)[1])
@@ -295,12 +322,12 @@ def _name(case: Case | None) -> str | None:
     return None if case is None else f"{case.system} {case.variant}, {case.precision}"
 
 
-def _fraction(case: Case, rates: Mapping[Case, Sequence[float]], work: Work) -> float | None:
-    """Operations a second, two a multiply-add, as a share of those of the matrix product in the same rounds."""
+def _fraction(case: Case, rates: Mapping[Case, Sequence[float]], operations: float) -> float | None:
+    """Operations a second as a share of those of the matrix product in the same rounds."""
     peak = next((c for c in rates if c.system == MACHINE and c.precision == case.precision), None)
     if peak is None:
         return None
-    return median_ratio(rates[case], rates[peak]) * 2 * work.multiply_adds / OPERATIONS
+    return median_ratio(rates[case], rates[peak]) * operations / OPERATIONS
 
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:

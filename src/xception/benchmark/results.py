@@ -1,4 +1,4 @@
-"""Result files, and the README's table that is made of them: ``python -m xception.benchmark.results README.md``.
+"""Result files, and the README's tables that are made of them: ``python -m xception.benchmark.results README.md``.
 
 A file in ``benchmarks/results/`` holds JSON lines: the machine first (``"system": "machine"``), then a line a case.
 """
@@ -9,14 +9,19 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
+from xception.benchmark.case import PARTS
 from xception.errors import ConfigError
 from xception.weights.files import atomic_write
 
 FOLDER = Path("benchmarks", "results")
 PATTERN = "inference*.jsonl"
 BEGIN, END = "<!-- benchmark:inference -->", "<!-- /benchmark:inference -->"
+
+Kind = Literal["inference", "training"]
+KINDS: tuple[Kind, ...] = ("inference", "training")
+"""Each has files and a table of its own; above are inference's pattern and marks."""
 
 Line = Mapping[str, Any]
 
@@ -42,24 +47,40 @@ def read_lines(path: Path) -> tuple[Line, list[Line]]:
     return machine, cases
 
 
-def table(folder: Path) -> str:
+def pattern(kind: Kind) -> str:
+    """What the result files of this kind are called."""
+    return PATTERN.replace("inference", kind)
+
+
+def marks(kind: Kind) -> tuple[str, str]:
+    """Between which lines of a document the table of this kind stands."""
+    return BEGIN.replace("inference", kind), END.replace("inference", kind)
+
+
+def table(folder: Path, kind: Kind = "inference") -> str:
     """The README's table, Markdown: for each file the machine, then ours and the best peer of each comparison."""
     parts = []
-    for path in sorted(folder.glob(PATTERN)):
+    for path in sorted(folder.glob(pattern(kind))):
         machine, cases = read_lines(path)
-        parts.append("\n".join([*_ROW_HEAD, *_rows(cases)]) + f"\n\n{_caption(machine, path)}\n")
+        parts.append("\n".join([*_ROW_HEADS[kind], *_rows(cases, kind)]) + f"\n\n{_caption(machine, path)}\n")
     if not parts:
-        raise ConfigError(f"{folder}: no {PATTERN} to make a table of")
+        raise ConfigError(f"{folder}: no {pattern(kind)} to make a table of")
     return "\n".join(parts)
 
 
-_ROW_HEAD = (
-    "| network | precision | mode | `xception` | best peer | ratio | logit error |",
-    "| --- | --- | --- | --- | --- | --- | --- |",
-)
+_ROW_HEADS: dict[Kind, tuple[str, str]] = {
+    "inference": (
+        "| network | precision | mode | `xception` | best peer | ratio | logit error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ),
+    "training": (
+        "| network | precision | backend | `xception` | best peer | ratio | data, forward, backward, optimiser | MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ),
+}
 
 
-def _rows(cases: Sequence[Line]) -> list[str]:
+def _rows(cases: Sequence[Line], kind: Kind) -> list[str]:
     rows = []
     for line in cases:
         if line["system"] != "xception" or "error" in line or line.get("scaling"):
@@ -71,15 +92,28 @@ def _rows(cases: Sequence[Line]) -> list[str]:
             (peer for peer in peers if f"{peer['system']} {peer['variant']}, {peer['precision']}" == name), None
         )
         peer_text = "none" if best is None else f"{_speed(best)} ({name})"
-        cells = [
-            f"`{line['model']}`, {line['size']} pixels",
-            line["precision"],
-            f"{line['mode']}, batch {line['batch']}",
-            _speed(line),
-            peer_text,
-            "" if ratio is None else f"{ratio:.2f}",
-            f"{line['logit_error']:.1e}",
-        ]
+        network, ratio_text = f"`{line['model']}`, {line['size']} pixels", "" if ratio is None else f"{ratio:.2f}"
+        if kind == "training":
+            cells = [
+                f"{network}, batch {line['batch']}",
+                line["precision"],
+                line["variant"],
+                _speed(line),
+                peer_text,
+                ratio_text,
+                ", ".join(f"{100 * line[f'{part}_share']:.0f} %" for part in PARTS),
+                f"{line['peak_memory_mb']:,.0f}",
+            ]
+        else:
+            cells = [
+                network,
+                line["precision"],
+                f"{line['mode']}, batch {line['batch']}",
+                _speed(line),
+                peer_text,
+                ratio_text,
+                f"{line['logit_error']:.1e}",
+            ]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
@@ -106,20 +140,24 @@ def _caption(machine: Line, path: Path) -> str:
     return f"{machine['cpu']} ({features}), {threads}; {versions}; {machine['date']}, {where}."
 
 
-def with_table(text: str, made: str) -> str:
+def with_table(text: str, made: str, kind: Kind = "inference") -> str:
     """`text` with `made` between the two marks. Raises `ConfigError` where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = marks(kind)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ConfigError(f"expected {BEGIN} and, after it, {END}")
-    return f"{before}{BEGIN}\n{made}{END}{after}"
+        raise ConfigError(f"expected {first} and, after it, {last}")
+    return f"{before}{first}\n{made}{last}{after}"
 
 
 def main(paths: Sequence[str]) -> None:
-    """Put the table of the result files beside each document into it."""
+    """Put the tables of the result files beside each document into it: of each kind that there are files of."""
     for path in map(Path, paths):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(with_table(text, table(path.parent / FOLDER)), encoding="utf-8")
+        text, folder = path.read_text(encoding="utf-8"), path.parent / FOLDER
+        for kind in KINDS:
+            if kind == "inference" or any(folder.glob(pattern(kind))):
+                text = with_table(text, table(folder, kind), kind)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

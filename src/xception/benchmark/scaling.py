@@ -27,10 +27,11 @@ def points(settings: Settings, lines: Sequence[Mapping[str, Any]]) -> Iterator[t
     common: dict[str, Any] = {
         "models": settings.models[:1], "systems": systems, "rounds": min(ROUNDS, settings.rounds)
     }  # fmt: skip
+    batched = settings.known_modes[:1]
     for batch in BATCHES:
-        yield "batch", {**common, "batch": batch, "modes": ("throughput",)}, chosen
+        yield "batch", {**common, "batch": batch, "modes": batched}, chosen
     for size in SIZES:
-        yield "size", {**common, "size": size, "modes": ("throughput",)}, chosen
+        yield "size", {**common, "size": size, "modes": batched}, chosen
     for threads in threads_up_to(settings.threads):
         yield "threads", {**common, "threads": threads}, chosen
 

@@ -15,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from xception.benchmark.case import Case
+from xception.benchmark.case import Case, Part
 
 LOAD_SECONDS = 900.0  # compiling the largest network takes minutes
 VISIT_SECONDS = 300.0
@@ -35,10 +36,14 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Visit:
-    """Images a second of one visit, and the process's memory so far above that of its imports."""
+    """Images a second of one visit, and the process's memory so far above that of its imports.
+
+    `shares`: part of a training step -> share of the time, where the system can tell.
+    """
 
     rate: float
     peak_memory_mb: float
+    shares: Mapping[Part, float] = field(default_factory=dict)
 
 
 class Session(Protocol):
@@ -79,7 +84,7 @@ class Process:
 
     def visit(self, seconds: float) -> Visit:
         answer = self._ask({"do": "time", "seconds": seconds, "typical": self._typical}, VISIT_SECONDS)
-        return Visit(rate=answer["rate"], peak_memory_mb=answer["peak_memory_mb"])
+        return Visit(rate=answer["rate"], peak_memory_mb=answer["peak_memory_mb"], shares=answer.get("shares", {}))
 
     def close(self) -> None:
         self._child.kill()

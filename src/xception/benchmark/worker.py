@@ -26,21 +26,26 @@ def load(order: dict[str, Any]) -> tuple[dict[str, Any], Loaded]:
     """The answer to ``load``, and what was loaded."""
     import numpy as np
 
-    from xception.benchmark.systems import ALL_SYSTEMS
+    from xception.benchmark.systems import systems_for
 
     case = Case(**order["case"])
-    system = ALL_SYSTEMS[case.system]
+    system = systems_for(case.mode)[case.system]
     for name in system.needs:
         import_module(name)
     if system.files:
         import_module("xception.benchmark.networks")
     base = reset_peak()
     folder = Path(order["folder"])
-    images = np.load(folder / "images.npy")[: case.batch] if system.files else np.zeros((1, 1, 1, 1), np.float32)
+    training = case.mode == "training"
+    images: Any = np.zeros((1, 1, 1, 1), np.float32)
+    if system.files:
+        images = np.load(folder / ("pixels.npy" if training else "images.npy"))[: case.batch]
     loaded = system.load(case, folder, images)
     answer: dict[str, Any] = {"base_mb": base}
     result = loaded.call()
-    if loaded.logits is not None:
+    if loaded.logits is not None and training:
+        answer["logit_error"] = largest_error(loaded.logits(result), np.load(folder / "steps.npy"))
+    elif loaded.logits is not None:
         expected = np.load(folder / "expected.npy")[: case.batch].astype(np.float64)
         answer["logit_error"] = relative_error(loaded.logits(result), expected)
     return answer, loaded
@@ -53,6 +58,15 @@ def relative_error(found: Any, expected: Any) -> float:
     if np.shape(found) != expected.shape or not np.isfinite(found).all():
         return float("inf")
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def largest_error(found: Any, expected: Any) -> float:
+    """The largest |found - expected| / |expected| of several numbers; infinity as in `relative_error`."""
+    import numpy as np
+
+    if np.shape(found) != expected.shape:
+        return float("inf")
+    return max(relative_error(f, e) for f, e in zip(np.asarray(found, np.float64), expected, strict=True))
 
 
 def run(loaded: Loaded, seconds: float, typical: bool) -> float:
@@ -88,6 +102,8 @@ def main() -> None:
                 assert loaded is not None
                 answer = {"rate": run(loaded, order["seconds"], order["typical"])}
                 answer["peak_memory_mb"] = resident_mb("VmHWM") - base
+                if loaded.shares is not None:
+                    answer["shares"] = dict(loaded.shares())
         except Unsupported as error:
             answer = {"unsupported": str(error)}
         except Exception as error:  # an engine raises anything

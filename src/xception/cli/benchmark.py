@@ -21,29 +21,30 @@ _COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Measure inference: ours and each installed engine, interleaved in one run; outputs must agree before timing."""
+    """Measure speed: ours and each installed engine, interleaved in one run; outputs must agree before timing."""
 
-    what: Annotated[Positional[Literal["inference"]], arg(metavar="inference")]
-    """What to measure."""
+    what: Annotated[Positional[Literal["inference", "training"]], arg(metavar="inference|training")]
+    """Inference, or training: steps of SGD with momentum, from bytes to changed weights."""
     model: tuple[str, ...] = ("xception",)
     """Networks: xception, xception_tf (TensorFlow's padding, as Keras has), xception41, xception65, xception71,
     inception_v3 (in the other engines: the comparison of the paper's Table 3)."""
     size: int = 299
     """Height and width of the images in pixels."""
-    batch: int = 8
-    """Images a call in throughput mode; latency is of one image."""
+    batch: int | None = None
+    """Images a call in throughput mode (by default 8; latency is of one image) or a step of training (16)."""
     rounds: int = 7
     """Times that every system is measured, in turns; results are medians over rounds."""
     threads: int | None = None
     """Threads of every system; by default as many as there are processors."""
-    precision: tuple[Literal["fp32", "bf16", "fp16", "int8"], ...] = ("fp32", "bf16", "fp16", "int8")
-    """Precisions to measure."""
+    precision: tuple[Literal["fp32", "bf16", "fp16", "int8"], ...] | None = None
+    """Precisions to measure, by default all: in training fp32 and bf16."""
     mode: Literal["throughput", "latency", "both"] = "both"
-    """Many images a second, or one image soon."""
-    systems: tuple[Literal["xception", "timm", "keras", "onnxruntime", "openvino", "torchao"], ...] = (
-        "xception", "timm", "keras", "onnxruntime", "openvino", "torchao",
-    )  # fmt: skip
-    """Systems to measure; one that is not installed is named and left out."""
+    """Inference: many images a second, or one image soon."""
+    systems: (
+        tuple[Literal["xception", "timm", "torchvision", "keras", "onnxruntime", "openvino", "torchao"], ...] | None
+    ) = None
+    """Systems to measure, by default all that are measured: in training xception, timm, torchvision and keras. One
+    that is not installed is named and left out."""
     scaling: FlagCreatePairsOff[bool] = False
     """Also measure how cost grows with the batch, the size and the threads: ours and the best peer of each kind."""
     json: FlagCreatePairsOff[bool] = False
@@ -52,25 +53,17 @@ class Benchmark:
     """Write all lines to this file, the machine first, such as benchmarks/results/inference.jsonl."""
 
     def run(self) -> int:
-        from xception.benchmark.inference import Run, Settings
-        from xception.benchmark.machine import describe, usable_cores
+        from xception.benchmark import inference, training
+        from xception.benchmark.machine import describe
 
-        settings = Settings(
-            models=self.model,
-            size=self.size,
-            batch=self.batch,
-            rounds=self.rounds,
-            threads=usable_cores() if self.threads is None else self.threads,
-            precisions=self.precision,
-            modes=("throughput", "latency") if self.mode == "both" else (self.mode,),
-            systems=self.systems,
-        )
+        kind = inference if self.what == "inference" else training
+        settings = self._settings(kind.Settings)
         if self.out is not None:
             from xception.weights.files import check_writable
 
             check_writable(self.out)
         machine = {"system": "machine", **describe(settings.threads)}
-        run = Run(settings=settings, tell=self._tell, say=_say)
+        run = kind.Run(settings=settings, tell=self._tell, say=_say)
         lines = run()
         if self.scaling:
             lines += self._grow(run, settings, lines)
@@ -85,6 +78,24 @@ class Benchmark:
         if run.failed:
             sys.stderr.write(f"xception: {run.failed} measurements failed\n")
         return 1 if run.failed or not lines else 0
+
+    def _settings(self, kind: type[Settings]) -> Settings:
+        """What was asked for; where nothing was, the defaults of this kind."""
+        from xception.benchmark.machine import usable_cores
+        from xception.errors import ConfigError
+
+        if self.what == "training" and self.mode != "both":
+            raise ConfigError(f"--mode is one of inference; got {self.mode} for training")
+        asked: dict[str, Any] = {"batch": self.batch, "precisions": self.precision, "systems": self.systems}
+        if self.mode != "both":
+            asked["modes"] = (self.mode,)
+        return kind(
+            models=self.model,
+            size=self.size,
+            rounds=self.rounds,
+            threads=usable_cores() if self.threads is None else self.threads,
+            **{name: value for name, value in asked.items() if value is not None},
+        )
 
     def _grow(self, run: Any, settings: Settings, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         from xception.benchmark.scaling import points

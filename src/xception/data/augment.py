@@ -1,8 +1,10 @@
 """Random changes to training images: what is asked for (`Augment`) and what does it (`SampleAugmenter`, `mix_batch`).
 
-All of it is torchvision.transforms.v2, on uint8 C H W on the CPU. Those transforms draw from torch's global generator;
-`isolated_rng` seeds it from the sample's own coordinates and puts it back afterwards, so that what happens to a sample
-depends on nothing but its seed, and the caller's random numbers on none of this.
+All of it is torchvision.transforms.v2 on uint8 C H W on the CPU, but for shift and flip: these make the same draws and
+the same images, without the transforms' inspection of their arguments, which costs small images most of their time.
+They draw from torch's global generator; `isolated_rng` seeds it from the sample's own coordinates and puts it back
+afterwards, so that what happens to a sample depends on nothing but its seed, and the caller's random numbers on none of
+this.
 
 Order: random resized crop (in place of the preprocessing's resize and crop), shift, flip, RandAugment, erasing; then
 the batch is normalised and mixed.
@@ -10,6 +12,7 @@ the batch is normalised and mixed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,9 +130,9 @@ class SampleAugmenter:
         bilinear = v2.InterpolationMode.BILINEAR
         self._transforms: list[Callable[[Any], Any]] = []
         if augment.translate_pixels:
-            self._transforms.append(v2.RandomCrop(preprocess.size))
+            self._transforms.append(functools.partial(_shift, size=preprocess.size, places=2 * self._margin + 1))
         if augment.horizontal_flip:
-            self._transforms.append(v2.RandomHorizontalFlip(augment.horizontal_flip))
+            self._transforms.append(functools.partial(_flip, probability=augment.horizontal_flip))
         if augment.rand_augment:
             count, magnitude = augment.rand_augment, augment.rand_augment_magnitude
             self._transforms.append(v2.RandAugment(count, magnitude, interpolation=bilinear, fill=mean))
@@ -156,6 +159,21 @@ class SampleAugmenter:
         for transform in self._transforms:
             image = transform(image)
         return image
+
+
+def _shift(image: torch.Tensor, *, size: tuple[int, int], places: int) -> torch.Tensor:
+    """One of `places` x `places` cuts of this size, as v2.RandomCrop makes it."""
+    import torch
+
+    top, left = int(torch.randint(0, places, ())), int(torch.randint(0, places, ()))
+    return image[:, top : top + size[0], left : left + size[1]]
+
+
+def _flip(image: torch.Tensor, *, probability: float) -> torch.Tensor:
+    """The image or its mirror image, as v2.RandomHorizontalFlip makes it."""
+    import torch
+
+    return image.flip(-1) if float(torch.rand(1)) < probability else image
 
 
 def mix_batch(

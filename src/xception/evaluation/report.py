@@ -78,8 +78,8 @@ def write_report(
     """Write the page to `path` in one step.
 
     `history` holds the records of ``metrics.jsonl`` (of those with an ``epoch``: train_loss, val_loss, val_top1,
-    val_map_at_100, learning_rate, images_per_second, each optional); `class_names` are shown where there is no
-    evaluation; `notes` are sentences under the title; `examples` are shown as mistakes. Every text may be hostile.
+    val_map_at_100, learning_rate, images_per_second, data_wait_share, each optional); `class_names` are shown where
+    there is no evaluation; `notes` are sentences under the title; `examples` are shown as mistakes. Every text may be hostile.
     Raises `WeightsError` where the file cannot be written.
     """
     page = render_report(
@@ -202,6 +202,9 @@ def _training(history: Sequence[Mapping[str, Any]]) -> str:
         text.append(f"best validation top-1 {percent(best[0])} in epoch {-best[1]}")
     if speeds:
         text.append(f"{sorted(speeds)[len(speeds) // 2]:,.0f} images/s (median)")
+    waits = [v for v in series(waits="data_wait_share").get("waits", []) if math.isfinite(v)]
+    if waits:
+        text.append(f"{100 * sorted(waits)[len(waits) // 2]:.1f} % of the time waiting for data (median)")
     figures = "\n".join(f"<figure>{svg}</figure>" for svg in drawn if svg)
     return f'<p class="facts">{" · ".join(text)}</p>\n<div class="plots">\n{figures}\n</div>'
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from xception._native import Network as Network
+    from xception._native import Optimiser as Optimiser
     from xception._native import UnitTrainer as UnitTrainer
 
     Backend = Literal["native", "reference"]
@@ -41,7 +42,7 @@ _OTHER_LEVELS: tuple[str, ...] = ("scalar",)
 _PART_OF = {"avx512_vnni": "avx512", "avx512_bf16": "avx512"}
 
 # The interface of the extension that this version of the package works with: `kInterface` in bindings.cpp.
-_INTERFACE = 3
+_INTERFACE = 4
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -119,7 +120,7 @@ def active_backend() -> Backend:
         return choice
     if _native is not None:
         return "native"
-    _say_once(f"running on plain PyTorch: {_why_not_native}")
+    say_once(f"running on plain PyTorch: {_why_not_native}")
     return "reference"
 
 
@@ -131,7 +132,8 @@ def _checked(choice: BackendChoice) -> BackendChoice:
     return choice
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn of something, the same thing once a process."""
     # setdefault is atomic: of many threads exactly one finds its own token, and no lock can be caught by a fork.
     token = object()
     if _said.setdefault(message, token) is token:
@@ -215,6 +217,17 @@ def new_unit_trainer(level: str, precision: Precision, threads: int) -> UnitTrai
         raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
     trainer: UnitTrainer = _native.UnitTrainer(level, precision, threads)
     return trainer
+
+
+def new_optimiser(threads: int) -> Optimiser:
+    """The compiled steps of optimisers, on so many threads, for the strongest level; see `_native.pyi`.
+
+    Raises ConfigError like `new_network`.
+    """
+    if _native is None:
+        raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
+    optimiser: Optimiser = _native.Optimiser(kernel_level("fp32"), threads)
+    return optimiser
 
 
 def describe() -> str:

@@ -45,6 +45,7 @@ from xception.training.step import StepResult, computing, engine, step_config, t
 from xception.training.trainable import batch_norms, norm_share, set_trainable
 from xception.training.trouble import MAX_SKIPPED_IN_A_ROW, looks_for_scale, note_bad, note_skipped
 from xception.training.validation import ScoresNotFinite, evaluate_part
+from xception.training.waiting import Waiting
 from xception.weights.files import shown
 
 
@@ -138,22 +139,23 @@ class Run:
         while progress.epoch < phase.epochs:
             set_trainable(self.state.model, self.plan.recipe, head_only=phase.head_only)
             began = time.monotonic()
-            images = self._train_epoch(phase)
+            images, waited = self._train_epoch(phase)
             seconds = time.monotonic() - began
             self._require_finite()
             self.val = self._evaluate(averaged(phase.average), phase.val_loader, "validation")
-            self._record(images / max(seconds, 1e-9))
+            self._record(images / max(seconds, 1e-9), waited)
             progress.next_epoch()
             if progress.epoch == phase.epochs or not phase.on_features:
                 self.checkpoint()
 
-    def _train_epoch(self, phase: Phase) -> int:
+    def _train_epoch(self, phase: Phase) -> tuple[int, float]:
+        """The images that were learned from here, and the share of the time that they were waited for."""
         progress, recipe, total = self.state.progress, self.plan.recipe, len(phase.loader)
         title = f"epoch {progress.epoch + 1}/{recipe.epochs}"
         self.reporter.begin(title, total, progress.batches, images=total * phase.loader.batch_size)
         images = 0
         group: list[Batch] = []
-        batches = phase.loader.epoch(progress.epoch, start_batch=progress.batches)
+        batches = Waiting(phase.loader.epoch(progress.epoch, start_batch=progress.batches))
         for number, batch in enumerate(batches, start=progress.batches + 1):
             self._leave_if_asked()
             note_bad(self.plan, progress, batch, self.reporter.say)
@@ -167,7 +169,7 @@ class Run:
             if time.monotonic() - self._checkpoint_time > 60 * recipe.checkpoint_minutes:
                 self.checkpoint()
         self.reporter.end()
-        return images
+        return images, batches.share
 
     def _step(self, phase: Phase, group: Sequence[Batch], number: int) -> StepResult:
         """One update from `group`, after which `number` batches of the epoch are done."""
@@ -183,10 +185,17 @@ class Run:
             norm.momentum = share
         # A compiled network would be compiled anew for every share of the first steps.
         network = phase.network if phase.on_features or share == recipe.norm_momentum else state.model
-        result = train_step(network, state.optimizer, state.scaler, usable, seed=seed, config=self.config)
+        result = train_step(
+            network,
+            state.optimizer,
+            state.scaler,
+            usable,
+            seed=seed,
+            config=self.config,
+            average=phase.average if recipe.polyak_decay else None,
+            number=progress.step,
+        )
         if result.applied:
-            if recipe.polyak_decay:
-                phase.average.update(progress.step)
             progress.add(result.loss, result.correct, result.count)
         elif not looks_for_scale(state.scaler, scale, result):
             note_skipped(progress, result, self.reporter.say)
@@ -206,9 +215,9 @@ class Run:
         except ScoresNotFinite as error:
             self._give_up(str(error), (), None)
 
-    def _record(self, images_per_second: float) -> None:
+    def _record(self, images_per_second: float, waiting: float) -> None:
         progress = self.state.progress
-        record = epoch_record(progress, self.val, images_per_second)
+        record = epoch_record(progress, self.val, images_per_second, waiting)
         self.metrics.append(record)
         if self.board is not None:
             self.board.append(record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,6 +44,13 @@ class RMSpropTF(Optimizer):
         }
         super().__init__(params, defaults)
 
+    def begin(self, params: Iterable[Tensor]) -> None:
+        """Give those of `params` that have none the state to start from."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["square"] = torch.ones_like(p)
+                self.state[p]["momentum"] = torch.zeros_like(p)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
@@ -55,10 +62,7 @@ class RMSpropTF(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["square"] = torch.ones_like(p)
-                    self.state[p]["momentum"] = torch.zeros_like(p)
+            self.begin(params)
             grads = [p.grad for p in params]
             squares = [self.state[p]["square"] for p in params]
             momenta = [self.state[p]["momentum"] for p in params]
@@ -166,7 +170,12 @@ class PolyakAverage:
     def __init__(self, model: nn.Module, average: nn.Module, decay: float) -> None:
         self.average = average.eval().requires_grad_(False)
         self.decay = decay
-        self._pairs = list(_state_pairs(model, average))
+        averages, followed = average.state_dict(), model.state_dict()
+        self._pairs = [(a, followed[name].detach()) for name, a in averages.items()]
+        self.floating = [(a, w) for a, w in self._pairs if a.is_floating_point()]
+        """The averages of weights and statistics, each with what it follows."""
+        self.of_parameters: dict[Tensor, Tensor] = {p: averages[name] for name, p in model.named_parameters()}
+        """Parameter -> its average, one of those in `floating`."""
         self.copy()
 
     @torch.no_grad()
@@ -178,15 +187,16 @@ class PolyakAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after update number `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        floating = [(a, w) for a, w in self._pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floating], [w for _, w in floating], 1 - decay)
+        torch._foreach_lerp_([a for a, _ in self.floating], [w for _, w in self.floating], self.share(step))
+        self.copy_counts()
+
+    def share(self, step: int) -> float:
+        """What the weights count in update number `step`: 1 - d."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def copy_counts(self) -> None:
+        """Take over what is no floating-point number and has no average: batch norm's counts."""
         for a, w in self._pairs:
             if not a.is_floating_point():
                 a.copy_(w)
-
-
-def _state_pairs(model: nn.Module, average: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    ours, theirs = average.state_dict(), model.state_dict()
-    for name, tensor in ours.items():
-        yield tensor, theirs[name].detach()

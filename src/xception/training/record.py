@@ -30,6 +30,8 @@ from xception.weights.files import atomic_write
 
 BEST_NAME = "best.safetensors"
 RUN_FILES = ("recipe.json", "split.json")
+TIMINGS = ("images_per_second", "data_wait_share")
+"""What of an epoch's record is another in every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +127,10 @@ def known_bad(out: Path, fingerprint: str) -> dict[str, str] | None:
     return None
 
 
-def epoch_record(progress: Progress, val: Evaluation | None, images_per_second: float) -> dict[str, Any]:
-    """The figures of the epoch that is done, as metrics.jsonl has them."""
+def epoch_record(
+    progress: Progress, val: Evaluation | None, images_per_second: float, waiting: float
+) -> dict[str, Any]:
+    """The figures of the epoch that is done, as metrics.jsonl has them; `waiting`: the share spent on data."""
     return {
         "epoch": progress.epoch + 1,
         "step": progress.step,
@@ -140,6 +144,7 @@ def epoch_record(progress: Progress, val: Evaluation | None, images_per_second: 
         "skipped_steps": progress.skipped,
         "bad_images": len(progress.bad),
         "images_per_second": round(images_per_second, 1),
+        "data_wait_share": round(waiting, 4),
     }
 
 
@@ -160,12 +165,14 @@ def epoch_line(record: Mapping[str, Any], epochs: int, *, best: bool) -> str:
         line += f", validation loss {record['val_loss']:.4f}, top-1 {record['val_top1']:.4f}"
     if record.get("val_map_at_100") is not None:
         line += f", MAP@100 {record['val_map_at_100']:.4f}"
-    return f"{line}, {record['images_per_second']:,.0f} images/s" + (" (best so far)" if best else "")
+    waiting = f"{100 * record['data_wait_share']:.1f} % of the time waiting for data"
+    line += f", {record['images_per_second']:,.0f} images/s ({waiting})"
+    return line + (" (best so far)" if best else "")
 
 
 def write_bundle(plan: Plan, model: nn.Module, path: Path, figures: Mapping[str, Any]) -> Path:
     """The weights with all that is needed to use them, in one file."""
-    figures = {name: value for name, value in figures.items() if name != "images_per_second"}
+    figures = {name: value for name, value in figures.items() if name not in TIMINGS}
     info = BundleInfo(
         model=plan.model,
         config=registry.config_to_dict(plan.config),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from torch.optim.optimizer import Optimizer
 from xception.data.loader import Batch
 from xception.ops.backend import active_backend, kernel_level, use_backend
 from xception.training.losses import balanced_weights, classification_loss
+from xception.training.optimizers import PolyakAverage
 from xception.training.prepare import Plan
 from xception.training.recipe import Recipe
+from xception.training.update import update
 
+StepPart = Literal["forward", "backward", "optimiser"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,14 +108,20 @@ def train_step(
     *,
     seed: int,
     config: StepConfig,
+    average: PolyakAverage | None = None,
+    number: int = 0,
+    done: Callable[[StepPart], None] = lambda part: None,
 ) -> StepResult:
-    """One update from the mean gradient over all images of `batches`.
+    """One update from the mean gradient over all images of `batches`, after which `average` takes in the weights.
 
-    `seed` decides dropout, so that a step can be repeated. Where the loss or the gradient is not finite, weights,
-    optimiser and batch norm statistics are left exactly as they were, and `applied` is False.
+    It is update number `number` (from 0). `seed` decides dropout, so that a step can be repeated. Where the loss or
+    the gradient is not finite, weights, optimiser, batch norm statistics and average are left exactly as they were,
+    and `applied` is False. `done` is told each part of the step that is done.
     """
     count = sum(len(b.images) for b in batches)
     if count == 0:
+        if average is not None:
+            average.update(number)
         return StepResult(0.0, 0, 0, 0.0, True)
     torch.manual_seed(seed)
     statistics = [(b, b.clone()) for b in model.buffers()]
@@ -121,23 +131,26 @@ def train_step(
         if len(batch.images) == 0:
             continue
         loss, batch_correct = _forward(model, batch, config)
+        done("forward")
         loss_sum += float(loss.detach())
         correct += batch_correct
         scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+        done("backward")
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     finite = all(map(_is_finite, (loss_sum, norm)))
     if finite:
-        if config.clip_norm and norm > config.clip_norm:
-            torch._foreach_mul_(gradients, config.clip_norm / norm)
-        scaler.step(optimizer)
+        clips = config.clip_norm > 0 and norm > config.clip_norm
+        # Not by `scaler.step`, which would look for what is not finite once more.
+        update(optimizer, average, number, gradient_scale=config.clip_norm / norm if clips else 1.0)
     else:
         with torch.no_grad():
             for buffer, before in statistics:
                 buffer.copy_(before)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
+    done("optimiser")
     return StepResult(loss_sum, correct, count, norm, finite)
 
 

@@ -17,6 +17,7 @@ def load(case: Case, folder: Path, images: NDArray[Any]) -> Loaded:
     from xception.inference.precision import PRECISIONS
     from xception.weights.bundle import load_bundle
 
+    assert case.mode != "training"
     if case.precision not in PRECISIONS:
         raise Unsupported(f"precisions here are {', '.join(PRECISIONS)}")
     model, _ = load_bundle(folder / BUNDLE)
