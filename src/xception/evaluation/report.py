@@ -79,7 +79,8 @@ def write_report(
 
     `history` holds the records of ``metrics.jsonl`` (of those with an ``epoch``: train_loss, val_loss, val_top1,
     val_map_at_100, learning_rate, images_per_second, data_wait_share, each optional); `class_names` are shown where
-    there is no evaluation; `notes` are sentences under the title; `examples` are shown as mistakes. Every text may be hostile.
+    there is no evaluation; `notes` are sentences under the title; `examples` are shown as mistakes. Every text may be
+    hostile.
     Raises `WeightsError` where the file cannot be written.
     """
     page = render_report(

@@ -8,9 +8,9 @@ state dict stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from xception.models.layers import BatchNormWithoutScale, DepthwiseConv2d, SamePool2d, SeparableConv2d
@@ -18,19 +18,26 @@ from xception.ops import units as ops
 
 
 def train_units(
-    units: Iterable[Any],
+    units: nn.Sequential | list[Any],
     x: Tensor,
     *,
+    unit_type: type[nn.Module],
     pool: nn.Module | None = None,
     shortcut: Tensor | Literal["input"] | None = None,
     output_relu: bool = False,
 ) -> Tensor | None:
-    """What the units, the pool and the shortcut make of `x`; None where they have to be called one by one."""
-    parts = list(units)
-    if isinstance(units, nn.Module) and _has_hooks(units):
+    """What the units, the pool and the shortcut make of `x`; None where they have to be called one by one.
+
+    `unit_type` is the units' class, of which nothing may be derived.
+    """
+    if not ops.covers(x) or type(units) not in (nn.Sequential, list) or any(map(bool, _HOOKS_OF_ALL_MODULES)):
         return None
-    if not parts or not ops.covers(x) or not all(map(_is_plain, parts)) or not _has_plain_pool(pool):
+    parts: list[Any] = list(units)
+    plain = not isinstance(units, nn.Module) or _is_untouched(units)
+    if not parts or not plain or not _is_plain_pool(pool) or not all(_is_plain(unit, unit_type) for unit in parts):
         return None
+    if not torch.is_grad_enabled() and not any(unit.norm.training for unit in parts):
+        return None  # for inference there is `xception.compile`
     dilations = {unit.conv.depthwise.sampling["dilation"] for unit in parts}
     if len(dilations) > 1:
         return None
@@ -41,11 +48,21 @@ def train_units(
     )
 
 
-def _has_plain_pool(pool: nn.Module | None) -> bool:
-    return pool is None or (type(pool) in (SamePool2d, nn.Identity) and not _has_hooks(pool))
+_HOOKS_OF_ALL_MODULES = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
 
 
-def _is_plain(unit: Any) -> bool:
+def _is_plain_pool(pool: nn.Module | None) -> bool:
+    return pool is None or (type(pool) in (SamePool2d, nn.Identity) and _is_untouched(pool))
+
+
+def _is_plain(unit: Any, unit_type: type[nn.Module]) -> bool:
+    if type(unit) is not unit_type:
+        return False
     conv, norm = unit.conv, unit.norm
     if type(conv) is not SeparableConv2d or type(norm) not in (nn.BatchNorm2d, BatchNormWithoutScale):
         return False
@@ -57,13 +74,16 @@ def _is_plain(unit: Any) -> bool:
     sampling = depthwise.sampling
     if depthwise.kernel_size != (3, 3) or sampling["stride"] != 1 or sampling["padding"] != "same":
         return False
-    return not any(map(_has_hooks, (unit, conv, norm, depthwise, pointwise)))
+    parts: tuple[Any, ...] = (unit, conv, norm, depthwise, pointwise)
+    return all(_is_untouched(part) for part in parts)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _is_untouched(module: nn.Module) -> bool:
+    """Without hooks, and with the `forward` of its class."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )  # fmt: skip
+    return "forward" not in vars(module) and not any(hooks)
 
 
 def _unit(unit: Any) -> ops.Unit:

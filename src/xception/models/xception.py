@@ -156,7 +156,7 @@ class SeparableUnit(nn.Module):
         self.output_relu = output_relu
 
     def forward(self, x: Tensor) -> Tensor:
-        y = train_units([self], x, output_relu=self.output_relu)
+        y = train_units([self], x, unit_type=SeparableUnit, output_relu=self.output_relu)
         if y is not None:
             return y
         return ops.activate(self.norm(self.conv(x)), "relu" if self.output_relu else "none")
@@ -206,7 +206,8 @@ class XceptionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = type(self.shortcut) is nn.Identity
         shortcut = None if self.shortcut is None else self.shortcut(x)
-        y = train_units(self.units, x, pool=self.pool, shortcut="input" if identity else shortcut)
+        given: Tensor | Literal["input"] | None = "input" if identity else shortcut
+        y = train_units(self.units, x, unit_type=SeparableUnit, pool=self.pool, shortcut=given)
         if y is not None:
             return y
         one_by_one: Tensor = self.pool(self.units(x))

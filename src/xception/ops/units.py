@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from xception.ops import backend, reference
@@ -27,6 +27,7 @@ from xception.ops.reference import Unit as Unit
 if TYPE_CHECKING:
     from xception.ops.backend import UnitTrainer
 
+_MOST_DILATION = 64  # padding is really there, around each map
 _TYPES: dict[torch.dtype, backend.Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -44,7 +45,7 @@ def separable_units(
     The compiled path is taken where gradients are wanted or statistics are gathered, for float32 weights on the CPU;
     elsewhere, and while torch.compile traces, it is the definition.
     """
-    if not _is_native(x, units, shortcut, output_relu, pool):
+    if not _is_native(x, units, shortcut, output_relu, pool) or dilation > _MOST_DILATION:
         return reference.separable_units(
             x, units, dilation=dilation, pool=pool, shortcut=shortcut, output_relu=output_relu
         )
@@ -74,10 +75,12 @@ def separable_units(
 def covers(x: Tensor) -> bool:
     """Whether the compiled path may be taken for this input now, whatever the units are."""
     return (
-        x.device.type == "cpu"
+        type(x) in (Tensor, nn.Parameter)  # fake tensors say that they are on the CPU, too
+        and x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() > 0
         and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None  # grad, vmap and the like
         and _map_type(x) is not None
         and backend.active_backend() == "native"
     )
@@ -100,7 +103,12 @@ def _is_native(
         if unit.depthwise.shape != (channels, 1, 3, 3) or unit.pointwise.shape != (out, channels, 1, 1):
             return False
         channels = out
-    # A pool's winners and a batch of one pixel: PyTorch refuses what has no variance, and so does the definition.
+    if shortcut is not None:
+        other = x if isinstance(shortcut, str) else shortcut
+        sizes = x.shape[2:] if pool is None else [pool.along(size)[0] for size in x.shape[2:]]
+        if other.device.type != "cpu" or other.shape != (x.shape[0], channels, *sizes):
+            return False
+    # One pixel has no variance: PyTorch refuses it, and so does the definition.
     return not (gathers and x.numel() // x.shape[1] == 1)
 
 
