@@ -77,7 +77,8 @@ std::unique_ptr<xception::Network> make_network(const std::string& level, const 
                       (level == "avx512" && features.avx512) || (level == "avx512_bf16" && features.avx512_bf16) ||
                       (level == "amx_bf16" && features.amx_bf16 && type == "bf16") ||
                       (level == "amx_fp16" && features.amx_fp16 && type == "fp16") ||
-                      (level == "amx_emulated" && features.avx512 && type != "fp32");  // for tests
+                      ((level == "amx_emulated" || level == "amx_half_emulated") && features.avx512 &&
+                       type != "fp32");  // for tests
   if (!usable) throw std::invalid_argument("this processor does not run kernels for '" + level + "'");
   return std::make_unique<xception::Network>(level, type_of(type), channels, threads, latency);
 }

@@ -87,6 +87,7 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
     last_use[index_of(layer.input)] = i;
   }
   last_use[index_of(value)] = value;
+  find_flows(out, chains ? value : 0);
   find_chains(out, chains ? value : 0);
   // A chain's values are all needed until its end, and its result is there from its beginning.
   std::vector<int> birth(channels_.size(), 0);
@@ -98,6 +99,20 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
       last_use[index_of(layer.input)] = std::max(last_use[index_of(layer.input)], end);
       if (layer.residual >= 0) last_use[index_of(layer.residual)] = std::max(last_use[index_of(layer.residual)], end);
       if (k < end) out.places[index_of(layer.output)].bytes = 0;  // in bands, not in the arena
+    }
+  }
+  for (int v = 1; v <= value; ++v)
+    if (out.in_ring[index_of(v)]) out.places[index_of(v)].bytes = 0;
+  // Where images take a flow one after another, what one has written must outlast the others' way.
+  for (int i = 0; i < value; i = out.flow_end[index_of(i)] + 1) {
+    const int end = out.flow_end[index_of(i)];
+    if (out.flow_images[index_of(i)] == 0 || out.flow_images[index_of(i)] >= images) continue;
+    for (int k = i; k <= end; ++k) {
+      const Layer& layer = layers_[index_of(k)];
+      birth[index_of(layer.output)] = i;
+      last_use[index_of(layer.output)] = std::max(last_use[index_of(layer.output)], end);
+      last_use[index_of(layer.input)] = std::max(last_use[index_of(layer.input)], end);
+      if (layer.residual >= 0) last_use[index_of(layer.residual)] = std::max(last_use[index_of(layer.residual)], end);
     }
   }
   // Each value at the lowest place that is free while it is needed.

@@ -104,8 +104,9 @@ void depthwise_rows(const ProducerArgs& a) {
   for (int g = 0; g < groups; ++g) {
     const std::byte* input = a.input + group_offset<S>(g, a.input_block);
     std::byte* matrix = a.matrix + group_offset<T>(g, a.matrix_block);
-    const float* weights = a.weights + static_cast<std::int64_t>(g) * w.kernel * w.kernel * kGroup;
-    const V bias = a.bias ? load(a.bias + g * kGroup) : zero();
+    const float* weights =
+        static_cast<const float*>(a.weights) + static_cast<std::int64_t>(g) * w.kernel * w.kernel * kGroup;
+    const V bias = a.bias ? load(static_cast<const float*>(a.bias) + g * kGroup) : zero();
     V filter[9];
     if (fast)
       for (int i = 0; i < 9; ++i) filter[i] = load(weights + i * kGroup);

@@ -117,7 +117,7 @@ def test_every_level(level: str, kind: str, case: str) -> None:
 
 
 # Plain code takes its time for them.
-QUICK_LEVELS = [pair for pair in LEVELS if pair[0] not in ("scalar", "amx_emulated")] or LEVELS[:1]
+QUICK_LEVELS = [pair for pair in LEVELS if pair[0] not in ("scalar", "amx_emulated", "amx_half_emulated")] or LEVELS[:1]
 
 
 @pytest.mark.parametrize(("level", "kind"), QUICK_LEVELS)
