@@ -9,7 +9,15 @@ struct Two {
   V lo, hi;
 };
 
-inline Two activate(Two x, Activation activation) { return {activate(x.lo, activation), activate(x.hi, activation)}; }
+// Out of line: a rare activation must not cost the loops around it their registers.
+[[gnu::noinline]] inline void activate(Two* x, Activation activation) {
+  *x = {activate(x->lo, activation), activate(x->hi, activation)};
+}
+inline Two activate(Two x, Activation activation) {
+  if (activation == Activation::relu) return {relu(x.lo), relu(x.hi)};
+  if (activation == Activation::elu) activate(&x, activation);
+  return x;
+}
 
 inline void store_line(f16* p, Two x) {
   store(p, x.lo);

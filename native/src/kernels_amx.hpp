@@ -14,6 +14,10 @@ namespace {
 #include "multiply.hpp"
 #include "depthwise_work.hpp"
 #include "multiply_tiles.hpp"
+#include "image_lines.hpp"
+#if defined(XCEPTION_HALF_LANES)
+#include "pool_lines.hpp"
+#endif
 
 // `Half` is the type of the matrix and the weights, the line's that of the activations.
 template <class Line, class Half>
@@ -26,7 +30,7 @@ constexpr Kernels table(Type type, Type matrix_type) {
       .depth_unit = 32,
       .depthwise = depthwise_lines<Line, Half>,
       .patches = patches<Stored, Half>,
-      .image = image_patches<Half>,
+      .image = image_lines<Half>,
       .load = load_blocks<Stored>,
       .unload = unload_blocks<Stored>,
       .pool = max_pool<Stored>,
@@ -46,6 +50,7 @@ template <class Half>
 constexpr Kernels half_table(Type matrix_type) {
   Kernels kernels = table<HalfLine, Half>(Type::f16, matrix_type);
   kernels.half_filters = true;
+  kernels.pool = max_pool_halves;
   kernels.begin_overflow_watch = begin_overflow_watch;
   kernels.end_overflow_watch = end_overflow_watch;
   return kernels;

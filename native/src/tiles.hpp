@@ -44,6 +44,7 @@ inline void widen_pairs(const f16*, __m512i pairs, __m512* out) {
 }
 template <class Half>
 inline void tile_dot_of(int c, int a, int b) {
+  const unsigned flags = _mm_getcsr();  // which the instructions leave alone
   const Half* kind = nullptr;
   __m512 right[16][2];
   for (int k = 0; k < 16; ++k) widen_pairs(kind, _mm512_load_si512(tiles[b].bytes[k]), right[k]);
@@ -57,6 +58,7 @@ inline void tile_dot_of(int c, int a, int b) {
       for (int j = 0; j < 2; ++j) sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[j][k]), right[k][j], sum);
     _mm512_store_ps(reinterpret_cast<float*>(tiles[c].bytes[m]), sum);
   }
+  _mm_setcsr(flags);
 }
 template <int C, int A, int B>
 inline void tile_dot_bf16() {

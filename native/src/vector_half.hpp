@@ -38,6 +38,10 @@ inline H max(H x, H y) {
   const __mmask32 nan = _mm512_cmp_ph_mask(x.a, x.a, _CMP_UNORD_Q);
   return {_mm512_mask_blend_ph(nan, _mm512_max_ph(x.a, y.a), x.a)};
 }
+// The second where either is NaN.
+inline H quick_max(H x, H y) { return {_mm512_max_ph(x.a, y.a)}; }
+// A lane where either is NaN, each lane a bit.
+inline unsigned any_unordered(H x, H y) { return _cvtmask32_u32(_mm512_cmp_ph_mask(x.a, y.a, _CMP_UNORD_Q)); }
 // The lanes 0-15 and 16-31.
 inline V low(H x) { return {_mm512_cvtxph_ps(_mm512_castph512_ph256(x.a))}; }
 inline V high(H x) {
@@ -69,6 +73,13 @@ inline H add(H x, H y) { return narrow(add(low(x), low(y)), add(high(x), high(y)
 inline H fma(H x, H y, H z) { return narrow(fma(low(x), low(y), low(z)), fma(high(x), high(y), high(z))); }
 inline H relu(H x) { return narrow(relu(low(x)), relu(high(x))); }
 inline H max(H x, H y) { return narrow(max(low(x), low(y)), max(high(x), high(y))); }
+inline H quick_max(H x, H y) {
+  return narrow({_mm512_max_ps(low(x).a, low(y).a)}, {_mm512_max_ps(high(x).a, high(y).a)});
+}
+inline unsigned any_unordered(H x, H y) {
+  const unsigned first_half = _mm512_cmp_ps_mask(low(x).a, low(y).a, _CMP_UNORD_Q);
+  return first_half | (static_cast<unsigned>(_mm512_cmp_ps_mask(high(x).a, high(y).a, _CMP_UNORD_Q)) << 16);
+}
 
 #endif
 
