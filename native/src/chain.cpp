@@ -116,8 +116,8 @@ struct Band {
 
 }  // namespace
 
-void Network::run_chain(const Layout& layout, int begin, std::byte* arena, const Images& images, Worker& worker,
-                        Part part) const {
+void Network::run_chain(const Layout& layout, int begin, std::byte* arena, const Images& images, Span span,
+                        Worker& worker, Part part) const {
   const int end = layout.chain_end[index_of(begin)];
   const int lanes = lane_count(type_);
   std::vector<Band> bands(index_of(end - begin));
@@ -134,7 +134,7 @@ void Network::run_chain(const Layout& layout, int begin, std::byte* arena, const
   const Place& in = layout.places[index_of(layers_[index_of(begin)].input)];
   const Place& out = layout.places[index_of(layers_[index_of(end)].output)];
 
-  const auto total = layout.images * out.height;
+  const auto total = span.count * out.height;
   const Range mine = share(total, part.index, part.count);
   const int rows_at_a_time = layout.chain_rows[index_of(begin)];
 
@@ -164,7 +164,7 @@ void Network::run_chain(const Layout& layout, int begin, std::byte* arena, const
   const auto views_of = [&](int k, const Step& step) {
     const Layer& layer = layers_[index_of(k)];
     const Range range = step.rows[index_of(k - begin)];
-    Rows rows = rows_of(layer, layout, arena, images, {range.begin, range.end - range.begin});
+    Rows rows = rows_of(layer, layout, arena, images, span.first, {range.begin, range.end - range.begin});
     const std::int64_t in_pixels = static_cast<std::int64_t>(step.image) * in.height * in.width;
     const std::int64_t out_bytes = static_cast<std::int64_t>(step.image) * out.height * out.width * kLineBytes;
     if (k == begin)

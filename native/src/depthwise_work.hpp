@@ -67,6 +67,41 @@ inline FloatLine<S> relu(FloatLine<S> x) {
   return {{relu(x.v.lo), relu(x.v.hi)}};
 }
 
+#if defined(__AVX512BF16__)
+// bf16 as floats of its even and its odd channels: two operations split a line, two join it.
+struct PairLine {
+  using Stored = bf16;
+  Two v;  // even, odd
+
+  static PairLine load_line(const std::byte* p) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return {{{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))}, {_mm512_castsi512_ps(_mm512_and_si512(bits, upper))}}};
+  }
+  static PairLine filter(const std::byte* at, int taps, int tap) { return of(FloatLine<bf16>::filter(at, taps, tap).v); }
+  static constexpr int kFilterBytes = FloatLine<bf16>::kFilterBytes;
+  static PairLine of(Two x) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {{{_mm512_permutex2var_ps(x.lo.a, even, x.hi.a)}, {_mm512_permutex2var_ps(x.lo.a, odd, x.hi.a)}}};
+  }
+  Two widen() const {
+    const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+    return {{_mm512_permutex2var_ps(v.lo.a, lower, v.hi.a)}, {_mm512_permutex2var_ps(v.lo.a, upper, v.hi.a)}};
+  }
+  void put(bf16* p) const {
+    const __m512i even = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.lo.a)));
+    const __m512i odd = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.hi.a)));
+    _mm512_storeu_si512(p, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  }
+};
+inline PairLine fma(PairLine x, PairLine y, PairLine z) {
+  return {{fma(x.v.lo, y.v.lo, z.v.lo), fma(x.v.hi, y.v.hi, z.v.hi)}};
+}
+inline PairLine relu(PairLine x) { return {{relu(x.v.lo), relu(x.v.hi)}}; }
+#endif
+
 #if defined(XCEPTION_HALF_LANES)
 struct HalfLine {
   using Stored = f16;

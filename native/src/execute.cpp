@@ -14,7 +14,7 @@ namespace xception {
 namespace {
 
 constexpr std::size_t kMaxLayouts = 16;
-constexpr int kPixelsTogether = 90'000;  // one image of 299 x 299
+constexpr int kImagesTogether = 8;
 
 // Of processor time where the system counts it a thread, so that other programs do not show.
 double thread_seconds() {
@@ -181,12 +181,13 @@ void Network::run_rows(const Layer& layer, const Window& window, const Rows& row
   run_product(layer, window, rows, worker, company);
 }
 
-// The layer's values where they lie in the arena.
-Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images,
+// The layer's values where they lie in the arena, from this image on; rows are counted from it.
+Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images, int first_image,
                       std::pair<int, int> range) const {
   const auto view = [&](int value) {
     const Place& place = layout.places[index_of(value)];
-    return View{arena + place.offset, place.block};
+    const std::int64_t pixels = static_cast<std::int64_t>(place.all_images ? first_image : 0) * place.height * place.width;
+    return View{arena + place.offset + pixels * kLineBytes, place.block};
   };
   Rows rows;
   rows.input = view(layer.input);
@@ -194,14 +195,24 @@ Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena
   rows.first = range.first;
   rows.count = range.second;
   // The image is only read.
-  if (layer.kind == Kind::image)
-    rows.input.data = const_cast<std::byte*>(reinterpret_cast<const std::byte*>(images.data));
+  if (layer.kind == Kind::image) {
+    const float* data = images.data + first_image * image_size(images);
+    rows.input.data = const_cast<std::byte*>(reinterpret_cast<const std::byte*>(data));
+  }
   if (layer.residual >= 0) rows.residual = view(layer.residual);
   return rows;
 }
 
+std::int64_t Network::image_size(const Images& images) const {
+  return static_cast<std::int64_t>(images.height) * images.width * channels_[0];
+}
+
+std::int64_t Network::beside_size(const Images& images) const {
+  return static_cast<std::int64_t>(images.beside_height) * images.beside_width * beside_channels();
+}
+
 void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                        const Images& images, Worker& worker, Part part) const {
+                        const Images& images, Span span, Worker& worker, Part part) const {
   const Place& in = layout.places[index_of(layer.input)];
   const Place& out = layout.places[index_of(layer.output)];
   switch (layer.kind) {
@@ -211,14 +222,16 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
     case Kind::separable:
     case Kind::pool: {
       const Window& window = layout.windows[index];
-      const Range range = share(layout.images * window.out_height, part.index, part.count);
-      return run_rows(layer, window, rows_of(layer, layout, arena, images, {range.begin, range.end - range.begin}), worker);
+      const Range range = share(span.count * window.out_height, part.index, part.count);
+      const Rows rows = rows_of(layer, layout, arena, images, span.first, {range.begin, range.end - range.begin});
+      return run_rows(layer, window, rows, worker);
     }
     case Kind::load: {
-      const Range pixels = share(layout.images * out.height * out.width, part.index, part.count);
+      const Range pixels = share(span.count * out.height * out.width, part.index, part.count);
       CopyArgs args;
-      args.plain = const_cast<float*>(layer.beside ? images.beside : images.data);
-      args.blocks = arena + out.offset;
+      args.plain = const_cast<float*>(layer.beside ? images.beside + span.first * beside_size(images)
+                                                   : images.data + span.first * image_size(images));
+      args.blocks = rows_of(layer, layout, arena, images, span.first, {0, 0}).output.data;
       args.block = out.block;
       args.channels = layer.out_channels;
       args.first_pixel = pixels.begin;
@@ -288,15 +301,13 @@ void Network::run(const Images& images, int value, float* output) {
   check(images, value);
   const int count = images.count, height = images.height, width = images.width;
   if (count == 0) return;
-  const std::int64_t image_size = static_cast<std::int64_t>(height) * width * channels_[0];
-  std::int64_t beside_size = 0;
-  for (const Layer& layer : layers_)
-    if (layer.beside)
-      beside_size = static_cast<std::int64_t>(images.beside_height) * images.beside_width * layer.out_channels;
   const int threads = team_.size();
-  // Small images go through the layers together, so that weights are worth loading.
-  const int few = std::max(kPixelsTogether / std::max(height * width, 1), 1);
-  const int together = std::min(few, std::max(count / threads, 1));
+  // Small images go through the layers together, so that weights are worth loading; and where a layout takes few of its
+  // images at a time, more for the layers with the most weights.
+  const int few = images_together(height, width);
+  const int share_each = std::max(count / threads, 1);
+  const int together =
+      kernels_->interleaves ? share_each / ceil_div(share_each, std::max(few, kImagesTogether)) : std::min(few, share_each);
   const int groups = threads == 1 ? ceil_div(count, together) : latency_ ? 0 : count / together / threads * threads;
   const Layout& single = layout_for(images, 1, value);
   const Place& place = single.places[index_of(value)];
@@ -311,18 +322,27 @@ void Network::run(const Images& images, int value, float* output) {
     std::byte* const matrices[] = {owner.matrices[0].data(), owner.matrices[1].data()};
     const unsigned watch = kernels.begin_overflow_watch == nullptr ? 0 : kernels.begin_overflow_watch();
     Images mine = images;
-    mine.data += first * image_size;
-    if (mine.beside != nullptr) mine.beside += first * beside_size;
+    mine.data += first * image_size(images);
+    if (mine.beside != nullptr) mine.beside += first * beside_size(images);
     for (int i = 0; i < value;) {
-      const int flow_end = layout.flow_end[index_of(i)], chain_end = layout.chain_end[index_of(i)];
-      if (flow_end > i)
-        run_flow(layout, i, arena, mine, worker, matrices, part, barrier);
-      else if (chain_end > i)
-        run_chain(layout, i, arena, mine, worker, part);
-      else
-        run_layer(layers_[index_of(i)], layout, index_of(i), arena, mine, worker, part);
-      if (barrier != nullptr) barrier->wait();
-      i = std::max(flow_end, chain_end) + 1;
+      const int at_a_time = layout.images_at_a_time[index_of(i)];
+      int segment_end = i;
+      while (segment_end < value && layout.images_at_a_time[index_of(segment_end)] == at_a_time) ++segment_end;
+      for (int image = 0; image < layout.images; image += at_a_time) {
+        const Span span{image, std::min(at_a_time, layout.images - image)};
+        for (int k = i; k < segment_end;) {
+          const int flow_end = layout.flow_end[index_of(k)], chain_end = layout.chain_end[index_of(k)];
+          if (flow_end > k)
+            run_flow(layout, k, arena, mine, span, worker, matrices, part, barrier);
+          else if (chain_end > k)
+            run_chain(layout, k, arena, mine, span, worker, part);
+          else
+            run_layer(layers_[index_of(k)], layout, index_of(k), arena, mine, span, worker, part);
+          if (barrier != nullptr) barrier->wait();
+          k = std::max(flow_end, chain_end) + 1;
+        }
+      }
+      i = segment_end;
     }
     fetch(layout, value, arena, output + first * output_size, worker, part);
     return kernels.end_overflow_watch == nullptr || !kernels.end_overflow_watch(watch);
@@ -397,7 +417,7 @@ std::vector<double> Network::profile(const Images& images, int value, int repeat
   for (int repeat = 0; repeat < repeats && images.count > 0; ++repeat)
     for (int i = 0; i < value; ++i) {
       const double begin = thread_seconds();
-      run_layer(layers_[index_of(i)], layout, index_of(i), worker.arena.data(), images, worker, {0, 1});
+      run_layer(layers_[index_of(i)], layout, index_of(i), worker.arena.data(), images, {0, images.count}, worker, {0, 1});
       seconds[index_of(i)] = std::min(seconds[index_of(i)], thread_seconds() - begin);
     }
   if (kernels_->end_thread != nullptr) kernels_->end_thread();

@@ -16,7 +16,10 @@ namespace xception {
 
 namespace {
 
-constexpr std::int64_t kFlowBytes = 1 << 20;  // of one matrix: two and a panel of weights fit into two megabytes
+// Of a second-level cache of two megabytes: what a matrix that is read again for each panel may take of it, and what of
+// both matrices survives the weights and panels that pass.
+constexpr std::int64_t kFlowBytes = 1280 << 10;
+constexpr std::int64_t kKeptBytes = 1536 << 10;
 
 std::int64_t flow_block(const Window& window, int images) {
   return spread(static_cast<std::int64_t>(images) * window.out_height * window.out_width * kLineBytes);
@@ -51,7 +54,7 @@ void Network::find_flows(Layout& layout, int value) const {
     return flow_block(layout.windows[index_of(i)], images) * panels_of(layers_[index_of(i)].depth);
   };
   const auto fits = [&](int i) {
-    return layers_[index_of(i)].kind == Kind::separable && matrix_bytes(i, 1) <= kFlowBytes;
+    return layers_[index_of(i)].kind == Kind::separable && matrix_bytes(i, 1) <= 1 << 20;
   };
   for (int begin = 0; begin < value;) {
     int end = begin;
@@ -59,9 +62,23 @@ void Network::find_flows(Layout& layout, int value) const {
            layers_[index_of(end + 1)].input == layers_[index_of(end)].output)
       ++end;
     if (end > begin) {
-      std::int64_t largest = 0;
-      for (int k = begin; k <= end; ++k) largest = std::max(largest, matrix_bytes(k, 1));
-      const auto images = static_cast<int>(std::clamp<std::int64_t>(kFlowBytes / largest, 1, std::max(layout.images, 1)));
+      // So many images that the least is moved for each: the weights once for all, and what does not fit twice.
+      int images = 1;
+      std::int64_t best = 0;
+      for (int n = 1; n <= std::max(layout.images, 1); ++n) {
+        std::int64_t moved = 0, largest = 0;
+        for (int k = begin; k <= end; ++k) {
+          const std::int64_t both = matrix_bytes(k, n) + (k < end ? matrix_bytes(k + 1, n) : 0);
+          moved += static_cast<std::int64_t>(layers_[index_of(k)].weights.size()) + 2 * std::max<std::int64_t>(both - kKeptBytes, 0);
+          largest = std::max(largest, matrix_bytes(k, n));
+        }
+        if (n > 1 && largest > kFlowBytes) break;
+        if (n == 1 || moved / n < best) {
+          images = n;
+          best = moved / n;
+        }
+      }
+      images = ceil_div(std::max(layout.images, 1), ceil_div(std::max(layout.images, 1), images));
       for (int k = begin; k <= end; ++k) {
         layout.flow_end[index_of(k)] = end;
         layout.flow_images[index_of(k)] = images;
@@ -76,76 +93,65 @@ void Network::find_flows(Layout& layout, int value) const {
   }
 }
 
-void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const Images& images, Worker& worker,
-                       std::byte* const* matrices, Part part, Barrier* barrier) const {
+void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const Images& images, Span span,
+                       Worker& worker, std::byte* const* matrices, Part part, Barrier* barrier) const {
   const int end = layout.flow_end[index_of(begin)];
   const Kernels& kernels = *worker.kernels;
-  const int together = layout.flow_images[index_of(begin)];
-  for (int first_image = 0; first_image < layout.images; first_image += together) {
-    const int count = std::min(together, layout.images - first_image);
-    // All rows of these images, from the first one on.
-    const auto rows_at = [&](int k) {
-      const Layer& layer = layers_[index_of(k)];
-      const Window& window = layout.windows[index_of(k)];
-      Rows rows = rows_of(layer, layout, arena, images, {0, count * window.out_height});
-      const std::int64_t pixels = static_cast<std::int64_t>(window.out_height) * window.out_width;
-      const Place& in = layout.places[index_of(layer.input)];
-      rows.input.data += static_cast<std::int64_t>(first_image) * in.height * in.width * kLineBytes;
-      rows.output.data += first_image * pixels * kLineBytes;
-      if (rows.residual.data != nullptr) rows.residual.data += first_image * pixels * kLineBytes;
-      return rows;
-    };
-    // The depthwise convolution that fills this layer's matrix.
-    const auto filler = [&](int k, Range blocks) {
-      const Layer& layer = layers_[index_of(k)];
-      const Window& window = layout.windows[index_of(k)];
-      ProducerArgs args = producer_for(layer, window, rows_at(k), worker);
-      if (layout.in_ring[index_of(layer.input)]) {
-        args.input = worker.ring.data();
-        args.input_block = flow_block(layout.windows[index_of(k - 1)], count);
-        args.input_ring = 2;
-      }
-      args.rows = count * window.out_height;
-      args.matrix = matrices[(k - begin) % 2];
-      args.matrix_block = flow_block(window, count);
-      return blocks_of(args, blocks, kernels.half_filters);
-    };
-    const auto meet = [&] {
-      if (barrier != nullptr) barrier->wait();
-    };
-    kernels.depthwise(filler(begin, share(panels_of(layers_[index_of(begin)].in_channels), part.index, part.count)));
-    meet();
-    for (int k = begin; k <= end; ++k) {
-      const Layer& layer = layers_[index_of(k)];
-      const Window& window = layout.windows[index_of(k)];
-      const Rows rows = rows_at(k);
-      const Range panels = share(panels_of(layer.out_channels), part.index, part.count);
-      MultiplyArgs product = product_for(layer, rows, worker);
-      product.matrix = matrices[(k - begin) % 2];
-      product.matrix_block = flow_block(window, count);
-      product.pixels = count * window.out_height * window.out_width;
-      product.image_pixels = window.out_height * window.out_width;
-      product.first_panel = panels.begin;
-      product.panels = panels.end - panels.begin;
-      product.output = rows.output.data;
-      product.residual = rows.residual.data;
-      if (layout.in_ring[index_of(layer.output)]) {
-        product.output = worker.ring.data();
-        product.output_block = product.matrix_block;
-        product.output_ring = 2;
-      }
-      ProducerArgs next;
-      if (k < end) {
-        const Layer& after = layers_[index_of(k + 1)];
-        next = filler(k + 1, panels);
-        product.beside = &next;
-        product.follows = true;
-        product.next_weights = after.weights.data() +
-            share(panels_of(after.out_channels), part.index, part.count).begin * after.panel_bytes;
-      }
-      kernels.multiply(product);
-      meet();
+  const int count = span.count;
+  const auto rows_at = [&](int k) {
+    const int rows = count * layout.windows[index_of(k)].out_height;
+    return rows_of(layers_[index_of(k)], layout, arena, images, span.first, {0, rows});
+  };
+  // The depthwise convolution that fills this layer's matrix.
+  const auto filler = [&](int k, Range blocks) {
+    const Layer& layer = layers_[index_of(k)];
+    const Window& window = layout.windows[index_of(k)];
+    ProducerArgs args = producer_for(layer, window, rows_at(k), worker);
+    if (layout.in_ring[index_of(layer.input)]) {
+      args.input = worker.ring.data();
+      args.input_block = flow_block(layout.windows[index_of(k - 1)], count);
+      args.input_ring = 2;
     }
+    args.rows = count * window.out_height;
+    args.matrix = matrices[(k - begin) % 2];
+    args.matrix_block = flow_block(window, count);
+    return blocks_of(args, blocks, kernels.half_filters);
+  };
+  const auto meet = [&] {
+    if (barrier != nullptr) barrier->wait();
+  };
+  kernels.depthwise(filler(begin, share(panels_of(layers_[index_of(begin)].in_channels), part.index, part.count)));
+  meet();
+  for (int k = begin; k <= end; ++k) {
+    const Layer& layer = layers_[index_of(k)];
+    const Window& window = layout.windows[index_of(k)];
+    const Rows rows = rows_at(k);
+    const Range panels = share(panels_of(layer.out_channels), part.index, part.count);
+    MultiplyArgs product = product_for(layer, rows, worker);
+    product.matrix = matrices[(k - begin) % 2];
+    product.matrix_block = flow_block(window, count);
+    product.pixels = count * window.out_height * window.out_width;
+    product.image_pixels = window.out_height * window.out_width;
+    product.first_panel = panels.begin;
+    product.panels = panels.end - panels.begin;
+    product.output = rows.output.data;
+    product.residual = rows.residual.data;
+    if (layout.in_ring[index_of(layer.output)]) {
+      product.output = worker.ring.data();
+      product.output_block = product.matrix_block;
+      product.output_ring = 2;
+    }
+    ProducerArgs next;
+    if (k < end) {
+      const Layer& after = layers_[index_of(k + 1)];
+      next = filler(k + 1, panels);
+      product.beside = &next;
+      product.follows = true;
+      product.next_weights = after.weights.data() +
+          share(panels_of(after.out_channels), part.index, part.count).begin * after.panel_bytes;
+    }
+    kernels.multiply(product);
+    meet();
   }
 }
 

@@ -9,6 +9,8 @@ namespace {
 
 #include "producers.hpp"
 #include "multiply.hpp"
+#include "depthwise_work.hpp"
+#include "image_lines.hpp"
 
 struct DotPairs {
   using Element = bf16;
@@ -23,9 +25,9 @@ struct DotPairs {
 constexpr Kernels kTable{
     .type = Type::bf16,
     .matrix_type = Type::bf16,
-    .depthwise = depthwise<bf16, bf16>,
+    .depthwise = depthwise_lines<PairLine, bf16>,
     .patches = patches<bf16, bf16>,
-    .image = image_patches<bf16>,
+    .image = image_lines<bf16>,
     .load = load_blocks<bf16>,
     .unload = unload_blocks<bf16>,
     .pool = max_pool<bf16>,

@@ -60,6 +60,7 @@ struct Layer {
 // The sizes of one value, and where it lies in the arena.
 struct Place {
   int height = 0, width = 0, channels = 0;
+  bool all_images = true;  // else those that pass together, one lot after another in the same place
   std::int64_t block = 0;  // bytes from a channel block to the next
   std::size_t offset = 0, bytes = 0;
 };
@@ -69,6 +70,9 @@ struct Layout {
   int images = 0;
   std::vector<Place> places;
   std::vector<Window> windows;  // a layer
+  // How many images take a layer at a time. Neighbours of the same number form a segment, which some images leave before
+  // the next ones enter it.
+  std::vector<int> images_at_a_time;
   std::size_t arena_bytes = 0, matrix_bytes = 0, zero_lines = 0;
   // Layers that are computed together, a few rows at a time, and of each layer the last that it is computed with; where
   // a layer is not the last, its rows are kept in a band of so many.
@@ -87,6 +91,11 @@ struct Layout {
 struct View {
   std::byte* data = nullptr;
   std::int64_t block = 0;
+};
+
+// Some of a layout's images.
+struct Span {
+  int first = 0, count = 0;
 };
 
 // Output rows of a layer, and where its values are.
@@ -175,6 +184,7 @@ class Network {
   Layout lay_out(const Images& images, int value, bool chains = true) const;
   std::int64_t band_bytes(Layout& layout, int begin, int end, int rows) const;
   void find_chains(Layout& layout, int value) const;
+  void find_segments(Layout& layout, int value, bool together) const;
   const Layout& layout_for(Images images, int count, int value);
   void reserve(Worker& worker, const Layout& layout, bool arena);
 
@@ -185,15 +195,17 @@ class Network {
                    const Company& company) const;
   void run_rows(const Layer& layer, const Window& window, const Rows& rows, Worker& worker,
                 const Company& company = {}) const;
-  Rows rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images,
+  Rows rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images, int first_image,
                std::pair<int, int> range) const;
-  void run_chain(const Layout& layout, int begin, std::byte* arena, const Images& images, Worker& worker,
+  void run_chain(const Layout& layout, int begin, std::byte* arena, const Images& images, Span span, Worker& worker,
                  Part part) const;
   void find_flows(Layout& layout, int value) const;
-  void run_flow(const Layout& layout, int begin, std::byte* arena, const Images& images, Worker& worker,
+  void run_flow(const Layout& layout, int begin, std::byte* arena, const Images& images, Span span, Worker& worker,
                 std::byte* const* matrices, Part part, Barrier* barrier) const;
   void run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena, const Images& images,
-                 Worker& worker, Part part) const;
+                 Span span, Worker& worker, Part part) const;
+  std::int64_t image_size(const Images& images) const;
+  std::int64_t beside_size(const Images& images) const;
   void fetch(const Layout& layout, int value, std::byte* arena, float* output, const Worker& worker, Part part) const;
 
   std::string level_;
