@@ -44,7 +44,8 @@ std::int64_t Network::band_bytes(Layout& layout, int begin, int end, int rows) c
   for (int k = end; k > begin; --k) {
     rows = rows_read(layout.windows[index_of(k)], rows);
     layout.band_rows[index_of(k - 1)] = rows;
-    bytes += rows * row_bytes(layout.places[index_of(layers_[index_of(k - 1)].output)], lane_count(type_)) + 64 * kLineBytes;
+    const Place& between = layout.places[index_of(layers_[index_of(k - 1)].output)];
+    bytes += rows * row_bytes(between, lane_count(type_)) + 64 * kLineBytes;
   }
   return bytes;
 }
@@ -71,7 +72,7 @@ void Network::find_chains(Layout& layout, int value) const {
       if (place.height * row_bytes(place, lanes) < kLargeMap) break;
       ++end;
     }
-    // The longest beginning whose bands fit; and then as many rows at a time as fit, since tiles take 16 pixels at least.
+    // The longest beginning whose bands fit; and then, for tiles of 16 pixels, as many rows at a time as fit.
     for (; end > begin && band_bytes(layout, begin, end, 1) > kBandBytes; --end) {
     }
     if (end > begin) {
@@ -206,7 +207,8 @@ void Network::run_chain(const Layout& layout, int begin, std::byte* arena, const
       for (Band& band : bands) band.begin = band.end = 0;
     for (int k = end; k > begin; --k) {
       const Range range = now.rows[index_of(k - begin)];
-      if (range.begin < range.end) bands[index_of(k - 1 - begin)].drop(rows_for(layout.windows[index_of(k)], range).begin);
+      if (range.begin >= range.end) continue;
+      bands[index_of(k - 1 - begin)].drop(rows_for(layout.windows[index_of(k)], range).begin);
     }
     for (int k = begin; k <= end; ++k) {
       const Range range = now.rows[index_of(k - begin)];

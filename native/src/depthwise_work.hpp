@@ -4,6 +4,11 @@
 // A line holds 32 channels, and `Line` says how they are computed: as 32 half precision numbers (HalfLine), or as two
 // vectors of floats.
 
+template <class S, class T>
+inline constexpr bool kSame = false;
+template <class S>
+inline constexpr bool kSame<S, S> = true;
+
 // Its channels 0-15 and 16-31.
 struct Two {
   V lo, hi;
@@ -78,7 +83,9 @@ struct PairLine {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     return {{{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))}, {_mm512_castsi512_ps(_mm512_and_si512(bits, upper))}}};
   }
-  static PairLine filter(const std::byte* at, int taps, int tap) { return of(FloatLine<bf16>::filter(at, taps, tap).v); }
+  static PairLine filter(const std::byte* at, int taps, int tap) {
+    return of(FloatLine<bf16>::filter(at, taps, tap).v);
+  }
   static constexpr int kFilterBytes = FloatLine<bf16>::kFilterBytes;
   static PairLine of(Two x) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -58,7 +58,8 @@ ProducerArgs Network::producer_for(const Layer& layer, const Window& window, con
   producer.input_block = rows.input.block;
   producer.channels =
       layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, worker.kernels->matrix_type);
-  producer.input_relu = layer.input_relu;
+  producer.input_relu = layer.input_relu && !rows.input_rectified;
+  producer.input_as_matrix = rows.input_as_matrix;
   producer.zeros = worker.zeros.data();
   if (layer.kind == Kind::separable || layer.kind == Kind::depthwise) {
     const bool halves = worker.kernels->half_filters;
@@ -80,7 +81,8 @@ MultiplyArgs Network::product_for(const Layer& layer, const Rows& rows, const Wo
   product.bias = reinterpret_cast<const float*>(layer.bias.data());
   product.output_block = rows.output.block;
   product.residual_block = rows.residual.block;
-  product.activation = layer.activation;
+  product.activation = rows.output_rectified ? Activation::relu : layer.activation;
+  product.output_as_matrix = rows.output_as_matrix;
   product.panels = panels_of(layer.out_channels);
   product.workspace = worker.workspace.data();
   return product;
@@ -98,9 +100,9 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
   const Kernels& kernels = *worker.kernels;
   MultiplyArgs product = product_for(layer, rows, worker);
   const bool is_matrix = layer.kind == Kind::convolution && window.kernel == 1 && window.stride == 1 &&
-                         window.pad_top == 0 && window.pad_left == 0 && !layer.input_relu &&
-                         kernels.matrix_type == kernels.type && window.out_width == window.in_width &&
-                         window.out_height == window.in_height;
+                         window.pad_top == 0 && window.pad_left == 0 && (!layer.input_relu || rows.input_rectified) &&
+                         (kernels.matrix_type == kernels.type || rows.input_as_matrix) &&
+                         window.out_width == window.in_width && window.out_height == window.in_height;
   const int strips = company.matrix != nullptr || company.follows ? 1 : strips_of(layer, window, rows.count);
   const ProducerArgs whole = producer_for(layer, window, rows, worker);
   const auto line_bytes = [&](int row) {
@@ -186,8 +188,8 @@ Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena
                       std::pair<int, int> range) const {
   const auto view = [&](int value) {
     const Place& place = layout.places[index_of(value)];
-    const std::int64_t pixels = static_cast<std::int64_t>(place.all_images ? first_image : 0) * place.height * place.width;
-    return View{arena + place.offset + pixels * kLineBytes, place.block};
+    const std::int64_t images_before = place.all_images ? first_image : 0;
+    return View{arena + place.offset + images_before * place.height * place.width * kLineBytes, place.block};
   };
   Rows rows;
   rows.input = view(layer.input);
@@ -200,6 +202,10 @@ Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena
     rows.input.data = const_cast<std::byte*>(reinterpret_cast<const std::byte*>(data));
   }
   if (layer.residual >= 0) rows.residual = view(layer.residual);
+  rows.input_as_matrix = layout.as_matrix[index_of(layer.input)];
+  rows.output_as_matrix = layout.as_matrix[index_of(layer.output)];
+  rows.input_rectified = layout.rectified[index_of(layer.input)];
+  rows.output_rectified = layout.rectified[index_of(layer.output)];
   return rows;
 }
 
@@ -306,8 +312,8 @@ void Network::run(const Images& images, int value, float* output) {
   // images at a time, more for the layers with the most weights.
   const int few = images_together(height, width);
   const int share_each = std::max(count / threads, 1);
-  const int together =
-      kernels_->interleaves ? share_each / ceil_div(share_each, std::max(few, kImagesTogether)) : std::min(few, share_each);
+  const int rounds = ceil_div(share_each, std::max(few, kImagesTogether));
+  const int together = kernels_->interleaves ? share_each / rounds : std::min(few, share_each);
   const int groups = threads == 1 ? ceil_div(count, together) : latency_ ? 0 : count / together / threads * threads;
   const Layout& single = layout_for(images, 1, value);
   const Place& place = single.places[index_of(value)];
@@ -315,8 +321,8 @@ void Network::run(const Images& images, int value, float* output) {
   const Kernels& preferred = filters_fit_ || wide_kernels_ == nullptr ? *kernels_ : *wide_kernels_;
 
   // These images by these kernels, one share of the work; false where numbers became too large for them.
-  const auto pass = [&](const Kernels& kernels, const Layout& layout, int first, Worker& worker, Worker& owner, Part part,
-                        Barrier* barrier) {
+  const auto pass = [&](const Kernels& kernels, const Layout& layout, int first, Worker& worker, Worker& owner,
+                        Part part, Barrier* barrier) {
     worker.kernels = &kernels;
     std::byte* arena = owner.arena.data();
     std::byte* const matrices[] = {owner.matrices[0].data(), owner.matrices[1].data()};
@@ -389,7 +395,8 @@ void Network::run(const Images& images, int value, float* output) {
     std::atomic<bool> fits{true};
     team_.run([&](int thread) {
       begin_thread();
-      if (!pass(kernels, layout, first, workers_[index_of(thread)], workers_[0], {thread, threads}, &barrier)) fits = false;
+      Worker& worker = workers_[index_of(thread)];
+      if (!pass(kernels, layout, first, worker, workers_[0], {thread, threads}, &barrier)) fits = false;
       end_thread();
     });
     return fits.load();
@@ -417,7 +424,8 @@ std::vector<double> Network::profile(const Images& images, int value, int repeat
   for (int repeat = 0; repeat < repeats && images.count > 0; ++repeat)
     for (int i = 0; i < value; ++i) {
       const double begin = thread_seconds();
-      run_layer(layers_[index_of(i)], layout, index_of(i), worker.arena.data(), images, {0, images.count}, worker, {0, 1});
+      run_layer(layers_[index_of(i)], layout, index_of(i), worker.arena.data(), images, {0, images.count}, worker,
+                {0, 1});
       seconds[index_of(i)] = std::min(seconds[index_of(i)], thread_seconds() - begin);
     }
   if (kernels_->end_thread != nullptr) kernels_->end_thread();

@@ -5,8 +5,8 @@
 //
 // Two matrices take turns. For 19 x 19 x 728 each is half a megabyte, and a layer's weights (a megabyte) are streamed
 // past them once; a second image at the same time would save half of the weights' way from the third-level cache, but
-// drive the same amount of matrix out of the second-level one. Several threads on the same images share the matrices and
-// divide the panels: each reads its share of the weights only, and waits for the others once a layer.
+// drive the same amount of matrix out of the second-level one. Several threads on the same images share the matrices
+// and divide the panels: each reads its share of the weights only, and waits for the others once a layer.
 #include <algorithm>
 
 #include "network.hpp"
@@ -69,7 +69,8 @@ void Network::find_flows(Layout& layout, int value) const {
         std::int64_t moved = 0, largest = 0;
         for (int k = begin; k <= end; ++k) {
           const std::int64_t both = matrix_bytes(k, n) + (k < end ? matrix_bytes(k + 1, n) : 0);
-          moved += static_cast<std::int64_t>(layers_[index_of(k)].weights.size()) + 2 * std::max<std::int64_t>(both - kKeptBytes, 0);
+          moved += static_cast<std::int64_t>(layers_[index_of(k)].weights.size());
+          moved += 2 * std::max<std::int64_t>(both - kKeptBytes, 0);
           largest = std::max(largest, matrix_bytes(k, n));
         }
         if (n > 1 && largest > kFlowBytes) break;
@@ -147,8 +148,8 @@ void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const 
       next = filler(k + 1, panels);
       product.beside = &next;
       product.follows = true;
-      product.next_weights = after.weights.data() +
-          share(panels_of(after.out_channels), part.index, part.count).begin * after.panel_bytes;
+      product.next_weights =
+          after.weights.data() + share(panels_of(after.out_channels), part.index, part.count).begin * after.panel_bytes;
     }
     kernels.multiply(product);
     meet();

@@ -31,8 +31,9 @@ void image_lines(const ProducerArgs& a) {
         for (int ky = 0; ky < w.kernel; ++ky) {
           if (lanes[half][ky] == 0) continue;
           // The address of lane 0, which may lie outside of the image: lanes that are masked out are not read.
-          const auto at = reinterpret_cast<std::uintptr_t>(first_row) +
-                          static_cast<std::uintptr_t>((ky * row_floats + x0 * a.channels - ky * run + half * kGroup) * 4);
+          const auto at =
+              reinterpret_cast<std::uintptr_t>(first_row) +
+              static_cast<std::uintptr_t>((ky * row_floats + x0 * a.channels - ky * run + half * kGroup) * 4);
           halves[half] = _mm512_mask_loadu_ps(halves[half], lanes[half][ky], reinterpret_cast<const void*>(at));
         }
       store_line(line<T>(a.matrix, pixel), Two{{halves[0]}, {halves[1]}});

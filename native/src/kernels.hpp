@@ -35,6 +35,7 @@ struct ProducerArgs {
   int input_ring = 0;                // not 0: so many blocks are there, and block b lies in the place of b % input_ring
   int channels = 0;                  // `image`: any number; else the number of groups times 16
   bool input_relu = false;
+  bool input_as_matrix = false;    // patches: the input is of the matrix's type already
   const void* weights = nullptr;  // depthwise: float [groups][kernel * kernel][16], or as `half_filters` says
   const void* bias = nullptr;     // depthwise: float [groups * 16], or likewise; or null
   Activation activation = Activation::none;
@@ -60,8 +61,8 @@ struct MultiplyArgs {
   const std::byte* matrix = nullptr;
   std::int64_t matrix_block = 0;
   int pixels = 0;
-  // Not 0: the pixels are those of whole images, of so many each. Kernels may then go through K in an order that depends
-  // on a pixel's place in its image; else the order is the same for all.
+  // Not 0: the pixels are those of whole images, of so many each. Kernels may then go through K in an order that
+  // depends on a pixel's place in its image; else the order is the same for all.
   int image_pixels = 0;
   int depth = 0;                        // K, without padding
   int out_channels = 0;                 // lanes behind them are kept zero, whatever the sums are
@@ -75,6 +76,7 @@ struct MultiplyArgs {
   Activation activation = Activation::none;
   int first_panel = 0, panels = 0;
   std::byte* workspace = nullptr;  // kWorkspace bytes of this thread
+  bool output_as_matrix = false;   // the output is stored in the matrix's type, where the kernels' two types differ
   int output_ring = 0;             // like ProducerArgs::input_ring, counted from first_panel
   // Where kernels `interleave`: a depthwise convolution that is done between the product's own steps, into another
   // matrix. With `follows` its block b is this product's panel first_panel + b, and waits until that is finished.

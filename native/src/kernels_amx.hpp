@@ -15,6 +15,7 @@ namespace {
 #include "depthwise_work.hpp"
 #include "multiply_tiles.hpp"
 #include "image_lines.hpp"
+#include "patch_lines.hpp"
 #if defined(XCEPTION_HALF_LANES)
 #include "pool_lines.hpp"
 #endif
@@ -29,7 +30,7 @@ constexpr Kernels table(Type type, Type matrix_type) {
       .interleaves = true,
       .depth_unit = 32,
       .depthwise = depthwise_lines<Line, Half>,
-      .patches = patches<Stored, Half>,
+      .patches = patch_lines<Stored, Half>,
       .image = image_lines<Half>,
       .load = load_blocks<Stored>,
       .unload = unload_blocks<Stored>,

@@ -11,6 +11,7 @@ namespace {
 #include "multiply.hpp"
 #include "depthwise_work.hpp"
 #include "image_lines.hpp"
+#include "patch_lines.hpp"
 
 struct DotPairs {
   using Element = bf16;
@@ -26,7 +27,7 @@ constexpr Kernels kTable{
     .type = Type::bf16,
     .matrix_type = Type::bf16,
     .depthwise = depthwise_lines<PairLine, bf16>,
-    .patches = patches<bf16, bf16>,
+    .patches = patch_lines<bf16, bf16>,
     .image = image_lines<bf16>,
     .load = load_blocks<bf16>,
     .unload = unload_blocks<bf16>,

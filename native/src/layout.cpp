@@ -80,6 +80,8 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
     last_use[index_of(layer.input)] = i;
   }
   last_use[index_of(value)] = value;
+  find_matrices(out, value);
+  find_rectified(out, value);
   find_flows(out, chains ? value : 0);
   find_segments(out, value, !chains);
   find_chains(out, chains ? value : 0);
@@ -135,6 +137,40 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
     out.arena_bytes = std::max(out.arena_bytes, offset + place.bytes);
   }
   return out;
+}
+
+void Network::find_matrices(Layout& layout, int value) const {
+  layout.as_matrix.assign(channels_.size(), false);
+  if (!kernels_->interleaves) return;
+  const auto convolves = [](Kind kind) { return kind == Kind::convolution || kind == Kind::image; };
+  for (int i = 0; i < value; ++i) {
+    const Layer& layer = layers_[index_of(i)];
+    int readers = 0;
+    bool fits = layer.output != value && convolves(layer.kind) && layer.residual < 0;
+    for (int k = i + 1; k < value; ++k) {
+      const Layer& other = layers_[index_of(k)];
+      if (other.residual == layer.output) fits = false;
+      if (other.input != layer.output) continue;
+      ++readers;
+      fits = fits && other.kind == Kind::convolution;
+    }
+    layout.as_matrix[index_of(layer.output)] = fits && readers == 1;
+  }
+}
+
+void Network::find_rectified(Layout& layout, int value) const {
+  layout.rectified.assign(channels_.size(), false);
+  for (int i = 0; i < value; ++i) {
+    const Layer& layer = layers_[index_of(i)];
+    layout.rectified[index_of(layer.output)] =
+        layer.output != value && layer.activation == Activation::none &&
+        (layer.kind == Kind::separable || layer.kind == Kind::convolution);
+  }
+  for (int i = 0; i < value; ++i) {
+    const Layer& layer = layers_[index_of(i)];
+    if (!layer.input_relu) layout.rectified[index_of(layer.input)] = false;
+    if (layer.residual >= 0) layout.rectified[index_of(layer.residual)] = false;
+  }
 }
 
 // `together`: all images take every layer together.

@@ -7,8 +7,8 @@
 //
 // A line of K keeps the tiles' multiplier busy for 64 cycles with four instructions (and four loads of 16 rows, half of
 // what the load ports can do), so vectors are free to work meanwhile, as long as their work lies between the tiles' in
-// the program: the processor looks some 500 operations ahead, which is about five lines of K. So what follows a block of
-// sums (bias, residual, activation, rounding: about ten operations a pixel) is done during the next block, and a
+// the program: the processor looks some 500 operations ahead, which is about five lines of K. So what follows a block
+// of sums (bias, residual, activation, rounding: about ten operations a pixel) is done during the next block, and a
 // depthwise convolution that fills another matrix (seven loads, nine multiply-adds and a store a pixel, in half
 // precision) during all of them.
 
@@ -26,7 +26,7 @@ inline void tile_dot() {
 }
 
 // Sums of a block that are still to be finished, a pixel a row.
-template <class Line, Activation A, bool Residual>
+template <class Line, class Out, Activation A, bool Residual>
 struct Unfinished {
   const float* sums = nullptr;
   const float* bias = nullptr;
@@ -35,16 +35,27 @@ struct Unfinished {
   __mmask16 valid_lo = 0, valid_hi = 0;  // lanes behind the last channel stay zero: infinity times a padded zero is NaN
   int left = 0;
 
+  void finish(Two sum) const {
+    if constexpr (kSame<Out, typename Line::Stored>) {
+      Line out = Line::of(sum);
+      if constexpr (Residual) out = add(out, Line::load_line(residual));
+      if constexpr (A == Activation::relu) out = relu(out);
+      if constexpr (A == Activation::elu) out = Line::of(activate(out.widen(), A));
+      out.put(reinterpret_cast<Out*>(output));
+    } else {
+      if constexpr (Residual) {
+        const Two other = Line::load_line(residual).widen();
+        sum = {add(sum.lo, other.lo), add(sum.hi, other.hi)};
+      }
+      store_line(reinterpret_cast<Out*>(output), activate(sum, A));
+    }
+  }
   void rows(int count) {
     const __m512 bias_lo = load(bias).a, bias_hi = load(bias + kGroup).a;
     for (int r = least(count, left); r > 0; --r) {
       const Two sum{{_mm512_maskz_add_ps(valid_lo, load(sums).a, bias_lo)},
                     {_mm512_maskz_add_ps(valid_hi, load(sums + kGroup).a, bias_hi)}};
-      Line out = Line::of(sum);
-      if constexpr (Residual) out = add(out, Line::load_line(residual));
-      if constexpr (A == Activation::relu) out = relu(out);
-      if constexpr (A == Activation::elu) out = Line::of(activate(out.widen(), A));
-      out.put(reinterpret_cast<typename Line::Stored*>(output));
+      finish(sum);
       sums += kPanel;
       output += kLineBytes;
       if constexpr (Residual) residual += kLineBytes;
@@ -83,7 +94,8 @@ inline void sum_block(const std::byte* matrix, std::int64_t matrix_step, const s
       tile_dot<Half, 2, 5, 6>();
       tile_dot<Half, 3, 5, 7>();
     }
-    for (int i = 0; i < coming_lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(coming + i * kLineBytes), _MM_HINT_T1);
+    for (int i = 0; i < coming_lines; ++i)
+      _mm_prefetch(reinterpret_cast<const char*>(coming + i * kLineBytes), _MM_HINT_T1);
     coming += coming_lines * kLineBytes;
     matrix += matrix_step;
     weights += weights_step;
@@ -92,7 +104,7 @@ inline void sum_block(const std::byte* matrix, std::int64_t matrix_step, const s
 
 inline constexpr int kZigzagPixels = 256;  // fewer lose more by blocks that end with the image
 
-template <class Line, class Half, Activation A, bool Residual, class Work>
+template <class Line, class Half, class Out, Activation A, bool Residual, class Work>
 void multiply_panels(const MultiplyArgs& a, Work& work) {
   float* sums = reinterpret_cast<float*>(a.workspace);
   const int lines = (a.depth + 31) / 32;
@@ -110,7 +122,7 @@ void multiply_panels(const MultiplyArgs& a, Work& work) {
     work.pace(work.pixels() * 256LL / most(static_cast<int>(steps) - lines, 1) + 8);
   else
     work.pace(static_cast<std::int64_t>(work.pixels()) * work.blocks() * 256 / (steps * a.panels) + 1);
-  Unfinished<Line, A, Residual> before;
+  Unfinished<Line, Out, A, Residual> before;
   before.bias = a.bias;
   for (int p = a.first_panel; p < a.first_panel + a.panels; ++p) {
     const std::byte* weights = a.weights + p * a.panel_bytes;
@@ -128,14 +140,18 @@ void multiply_panels(const MultiplyArgs& a, Work& work) {
       const std::byte* first_weights = backwards ? weights + (lines - 1) * kStep : weights;
       const std::int64_t matrix_step = backwards ? -a.matrix_block : a.matrix_block;
       const std::int64_t weights_step = backwards ? -kStep : kStep;
-      const std::byte* ahead = coming ? coming + static_cast<std::int64_t>(block) * coming_lines * lines * kLineBytes : weights;
+      const std::byte* ahead =
+          coming ? coming + static_cast<std::int64_t>(block) * coming_lines * lines * kLineBytes : weights;
       const int ahead_lines =
           coming && (static_cast<std::int64_t>(block) + 1) * coming_lines * lines * kLineBytes <= a.panel_bytes
-              ? coming_lines : 0;
+              ? coming_lines
+              : 0;
       if (second)
-        sum_block<Half, true>(first_matrix, matrix_step, first_weights, weights_step, lines, ahead, ahead_lines, before, work);
+        sum_block<Half, true>(first_matrix, matrix_step, first_weights, weights_step, lines, ahead, ahead_lines, before,
+                              work);
       else
-        sum_block<Half, false>(first_matrix, matrix_step, first_weights, weights_step, lines, ahead, ahead_lines, before, work);
+        sum_block<Half, false>(first_matrix, matrix_step, first_weights, weights_step, lines, ahead, ahead_lines,
+                               before, work);
       before.rows(32);
       if (block == 0 && a.follows) {  // the panel before is finished; the one before it must not be needed any more
         work.complete();
@@ -164,28 +180,33 @@ void multiply_panels(const MultiplyArgs& a, Work& work) {
   work.complete();
 }
 
-template <class Line, class Half, class Work>
+template <class Line, class Half, class Out, Activation A, class Work>
+void multiply_onto(const MultiplyArgs& a, Work& work) {
+  a.residual != nullptr ? multiply_panels<Line, Half, Out, A, true>(a, work)
+                        : multiply_panels<Line, Half, Out, A, false>(a, work);
+}
+
+template <class Line, class Half, class Out, class Work>
 void multiply_with(const MultiplyArgs& a, Work work) {
-  const bool residual = a.residual != nullptr;
   switch (a.activation) {
     case Activation::none:
-      return residual ? multiply_panels<Line, Half, Activation::none, true>(a, work)
-                      : multiply_panels<Line, Half, Activation::none, false>(a, work);
+      return multiply_onto<Line, Half, Out, Activation::none>(a, work);
     case Activation::relu:
-      return residual ? multiply_panels<Line, Half, Activation::relu, true>(a, work)
-                      : multiply_panels<Line, Half, Activation::relu, false>(a, work);
+      return multiply_onto<Line, Half, Out, Activation::relu>(a, work);
     case Activation::elu:
-      return residual ? multiply_panels<Line, Half, Activation::elu, true>(a, work)
-                      : multiply_panels<Line, Half, Activation::elu, false>(a, work);
+      return multiply_onto<Line, Half, Out, Activation::elu>(a, work);
   }
 }
 
 template <class Line, class Half>
 void multiply_tiles(const MultiplyArgs& a) {
+  using Stored = typename Line::Stored;
   if (a.pixels == 0 || a.panels == 0) {
     if (a.beside != nullptr && !a.follows) depthwise_lines<Line, Half>(*a.beside);
     return;
   }
-  if (a.beside == nullptr) return multiply_with<Line, Half>(a, NoWork{});
-  multiply_with<Line, Half>(a, DepthwiseWork<Line, Half>(*a.beside, a.follows ? 0 : a.beside->channels / kPanel));
+  if (a.output_as_matrix) return multiply_with<Line, Half, Half>(a, NoWork{});
+  if (a.beside == nullptr) return multiply_with<Line, Half, Stored>(a, NoWork{});
+  const int ready = a.follows ? 0 : a.beside->channels / kPanel;
+  multiply_with<Line, Half, Stored>(a, DepthwiseWork<Line, Half>(*a.beside, ready));
 }

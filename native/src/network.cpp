@@ -225,8 +225,29 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
   layer.middle = middle;
   layer.activation = activation;
   layer.depth = in;
-  pack_filters(layer, filters, filter_bias);
-  pack(layer, weights, bias);
+  if (!kernels_->half_filters || kernels_->matrix_type != Type::bf16 || middle == Activation::elu) {
+    pack_filters(layer, filters, filter_bias);
+    pack(layer, weights, bias);
+    return layer.output;
+  }
+  // Half precision has less range than bf16 at its small end too: each channel's filter is brought to the middle of it
+  // by a power of two, which its column of the weights takes back. Nothing is rounded differently.
+  std::vector<float> scaled(filters.begin(), filters.end()), scaled_bias(filter_bias.begin(), filter_bias.end());
+  std::vector<float> columns(weights.begin(), weights.end());
+  const auto channels = static_cast<std::size_t>(in);
+  for (std::size_t c = 0; c < channels; ++c) {
+    float largest = 0;
+    for (std::size_t i = c; i < scaled.size(); i += channels) largest = std::max(largest, std::abs(scaled[i]));
+    if (!(largest > 0) || !std::isfinite(largest)) continue;
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+    exponent = std::clamp(exponent + 1, -60, 60);
+    for (std::size_t i = c; i < scaled.size(); i += channels) scaled[i] = std::ldexp(scaled[i], -exponent);
+    if (!scaled_bias.empty()) scaled_bias[c] = std::ldexp(scaled_bias[c], -exponent);
+    for (std::size_t i = c; i < columns.size(); i += channels) columns[i] = std::ldexp(columns[i], exponent);
+  }
+  pack_filters(layer, scaled, scaled_bias);
+  pack(layer, columns, bias);
   return layer.output;
 }
 

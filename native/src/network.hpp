@@ -70,8 +70,8 @@ struct Layout {
   int images = 0;
   std::vector<Place> places;
   std::vector<Window> windows;  // a layer
-  // How many images take a layer at a time. Neighbours of the same number form a segment, which some images leave before
-  // the next ones enter it.
+  // How many images take a layer at a time. Neighbours of the same number form a segment, which some images leave
+  // before the next ones enter it.
   std::vector<int> images_at_a_time;
   std::size_t arena_bytes = 0, matrix_bytes = 0, zero_lines = 0;
   // Layers that are computed together, a few rows at a time, and of each layer the last that it is computed with; where
@@ -80,10 +80,14 @@ struct Layout {
   std::size_t band_bytes = 0;
   // Of a chain's first layer: how many rows of its last one are computed at a time.
   std::vector<int> chain_rows;
-  // Separable layers that flow into each other on whole maps, and of each layer the last of its flow: see flow.cpp. Of a
-  // value that nothing else reads only two blocks are kept, in a ring.
+  // Separable layers that flow into each other on whole maps, and of each layer the last of its flow: see flow.cpp.
+  // Of a value that nothing else reads only two blocks are kept, in a ring.
   std::vector<int> flow_end, flow_images;  // how many images go through it together; 0: the layer is in none
   std::vector<bool> in_ring;  // a value
+  // Values of one convolution that only another one reads: they are stored as it wants its matrix.
+  std::vector<bool> as_matrix;
+  // Values that are only read through a ReLU: it is applied once, when they are stored.
+  std::vector<bool> rectified;
   std::size_t ring_bytes = 0;
 };
 
@@ -102,6 +106,8 @@ struct Span {
 struct Rows {
   View input, output, residual;
   int first = 0, count = 0;
+  bool input_as_matrix = false, output_as_matrix = false;
+  bool input_rectified = false, output_rectified = false;
 };
 
 // What a product finds done before it, and what it does beside itself where the kernels interleave.
@@ -204,6 +210,8 @@ class Network {
                 std::byte* const* matrices, Part part, Barrier* barrier) const;
   void run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena, const Images& images,
                  Span span, Worker& worker, Part part) const;
+  void find_matrices(Layout& layout, int value) const;
+  void find_rectified(Layout& layout, int value) const;
   std::int64_t image_size(const Images& images) const;
   std::int64_t beside_size(const Images& images) const;
   void fetch(const Layout& layout, int value, std::byte* arena, float* output, const Worker& worker, Part part) const;

@@ -8,7 +8,8 @@ inline H largest_of_nine(const Pixel& pixel) {
           g = pixel(2, 0), h = pixel(2, 1), i = pixel(2, 2);
   if (any_unordered(a, b) | any_unordered(c, d) | any_unordered(e, f) | any_unordered(g, h) | any_unordered(i, i))
     return max(max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h))), i);
-  return quick_max(quick_max(quick_max(quick_max(a, b), quick_max(c, d)), quick_max(quick_max(e, f), quick_max(g, h))), i);
+  return quick_max(quick_max(quick_max(quick_max(a, b), quick_max(c, d)), quick_max(quick_max(e, f), quick_max(g, h))),
+                   i);
 }
 
 inline void max_pool_halves(const PoolArgs& a) {
@@ -42,7 +43,8 @@ inline void max_pool_halves(const PoolArgs& a) {
           }
         }
         const int pixel = (a.first_row + r) * w.out_width + x;
-        if (residual) best = add(best, HalfLine::load_line(reinterpret_cast<const std::byte*>(line<f16>(residual, pixel))).v);
+        if (residual)
+          best = add(best, HalfLine::load_line(reinterpret_cast<const std::byte*>(line<f16>(residual, pixel))).v);
         HalfLine{best}.put(line<f16>(output, pixel));
       }
     }

@@ -17,7 +17,8 @@ inline unsigned begin_overflow_watch() {
 // Whether there was an overflow since. Puts the flag back as it was.
 inline bool end_overflow_watch(unsigned before) {
   const bool found = (_mm_getcsr() & static_cast<unsigned>(_MM_EXCEPT_OVERFLOW)) != 0;
-  _mm_setcsr((_mm_getcsr() & ~static_cast<unsigned>(_MM_EXCEPT_OVERFLOW)) | (before & static_cast<unsigned>(_MM_EXCEPT_OVERFLOW)));
+  _mm_setcsr((_mm_getcsr() & ~static_cast<unsigned>(_MM_EXCEPT_OVERFLOW)) |
+             (before & static_cast<unsigned>(_MM_EXCEPT_OVERFLOW)));
   return found;
 }
 
