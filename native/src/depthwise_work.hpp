@@ -78,8 +78,8 @@ struct PairLine {
   using Stored = bf16;
   Two v;  // even, odd
 
-  static PairLine load_line(const std::byte* p) {
-    const __m512i bits = _mm512_loadu_si512(p);
+  static PairLine load_line(const std::byte* p) { return of_bits(_mm512_loadu_si512(p)); }
+  static PairLine of_bits(__m512i bits) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     return {{{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))}, {_mm512_castsi512_ps(_mm512_and_si512(bits, upper))}}};
   }

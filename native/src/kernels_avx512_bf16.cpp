@@ -12,6 +12,7 @@ namespace {
 #include "depthwise_work.hpp"
 #include "image_lines.hpp"
 #include "patch_lines.hpp"
+#include "pool_pairs.hpp"
 
 struct DotPairs {
   using Element = bf16;
@@ -31,7 +32,7 @@ constexpr Kernels kTable{
     .image = image_lines<bf16>,
     .load = load_blocks<bf16>,
     .unload = unload_blocks<bf16>,
-    .pool = max_pool<bf16>,
+    .pool = max_pool_pairs,
     .reduce = reduce<bf16>,
     .multiply = multiply<DotPairs, bf16>,
     .multiply_f32 = multiply<DotFloat, float>,

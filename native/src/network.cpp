@@ -65,9 +65,11 @@ void Buffer::Free::operator()(std::byte* p) const {
 const Kernels& kernels_for(const std::string& level, Type type) {
 #if defined(XCEPTION_HAS_X86_KERNELS)
   const Kernels* found = nullptr;
-  const CpuFeatures& has = cpu_features();
-  if (level == "amx_bf16" || level == "amx_fp16")
-    found = has.avx512_fp16 && has.avx512_bf16 ? amx_half::kernels(type) : amx::kernels(type);
+  if (level == "amx_bf16" || level == "amx_fp16") found = amx::kernels(type);
+#if defined(XCEPTION_HAS_FP16_KERNELS)
+  if ((level == "amx_bf16" || level == "amx_fp16") && cpu_features().avx512_fp16 && cpu_features().avx512_bf16)
+    found = amx_half::kernels(type);
+#endif
   if (level == "amx_emulated") found = amx_emulated::kernels(type);
   if (level == "amx_half_emulated") found = amx_half_emulated::kernels(type);
   if (level == "avx512_bf16") found = avx512_bf16::kernels(type);

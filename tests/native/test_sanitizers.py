@@ -12,7 +12,7 @@ import nanobind
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/inference/test_kernels.py", "tests/inference/test_compiled.py")
+TESTS = ("tests/inference/test_kernels.py", "tests/inference/test_tiles.py", "tests/inference/test_compiled.py")
 
 
 @pytest.mark.slow
