@@ -117,7 +117,7 @@ def test_every_level(level: str, kind: str, case: str) -> None:
 
 
 # Plain code takes its time for them.
-QUICK_LEVELS = [pair for pair in LEVELS if pair[0] not in ("scalar", "amx_emulated", "amx_half_emulated")] or LEVELS[:1]
+QUICK_LEVELS = [pair for pair in LEVELS if pair[0] != "scalar"] or LEVELS[:1]
 
 
 @pytest.mark.parametrize(("level", "kind"), QUICK_LEVELS)
@@ -142,7 +142,7 @@ def test_large_maps(name: str, level: str, kind: str) -> None:
         close(results[-1], expected, kind)
     assert torch.equal(results[0], results[1])
     largest = 116 * 144 * 64 * (4 if kind == "fp32" else 2)  # one map of the first module
-    assert arenas[0] < 4 * largest
+    assert arenas[0] < (5 if level.startswith("amx") else 4) * largest  # on tiles there are two matrices
 
 
 @pytest.mark.parametrize("case", UNCOVERED)
