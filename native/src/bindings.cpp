@@ -299,7 +299,7 @@ bool runs_kernels(const std::string& level, const std::string& type) {
          (level == "avx512_bf16" && features.avx512_bf16) ||
          (level == "amx_bf16" && features.amx_bf16 && type == "bf16") ||
          (level == "amx_fp16" && features.amx_fp16 && type == "fp16") ||
-         (level == "amx_emulated" && features.avx512 && type != "fp32");  // for tests
+         ((level == "amx_emulated" || level == "amx_half_emulated") && features.avx512 && type != "fp32");  // for tests
 }
 
 NB_MODULE(_native, m) {

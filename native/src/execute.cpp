@@ -14,7 +14,7 @@ namespace xception {
 namespace {
 
 constexpr std::size_t kMaxLayouts = 16;
-constexpr int kPixelsTogether = 90'000;  // one image of 299 x 299
+constexpr int kImagesTogether = 8;
 
 // Of processor time where the system counts it a thread, so that other programs do not show.
 double thread_seconds() {
@@ -33,15 +33,20 @@ int whole_lines(int channels, Type type) { return ceil_div(channels, lane_count(
 }  // namespace
 
 void Network::reserve(Worker& worker, const Layout& layout, bool arena) {
-  if (arena && worker.arena.size() < layout.arena_bytes) worker.arena = Buffer(layout.arena_bytes + kSlack);
-  if (worker.matrix.size() < layout.matrix_bytes) worker.matrix = Buffer(layout.matrix_bytes + kSlack);
+  const auto hold = [](Buffer& buffer, std::size_t bytes) {
+    if (bytes > 0 && buffer.size() < bytes + kSlack) buffer = Buffer(bytes + kSlack);
+  };
+  if (arena) hold(worker.arena, layout.arena_bytes);
+  hold(worker.matrices[0], layout.matrix_bytes);
+  if (kernels_->interleaves) hold(worker.matrices[1], layout.matrix_bytes);
+  hold(worker.bands, layout.band_bytes);
+  hold(worker.ring, layout.ring_bytes);
+  hold(worker.workspace, kWorkspace);
   if (worker.zero_lines < layout.zero_lines) {
     worker.zeros = Buffer(layout.zero_lines * kLineBytes);
     std::fill_n(worker.zeros.data(), worker.zeros.size(), std::byte{0});
     worker.zero_lines = layout.zero_lines;
   }
-  if (worker.bands.size() < layout.band_bytes) worker.bands = Buffer(layout.band_bytes + kSlack);
-  if (worker.workspace.size() < kWorkspace) worker.workspace = Buffer(kWorkspace);
 }
 
 // What reads the layer's input, but for the rows and where the matrix goes.
@@ -51,18 +56,23 @@ ProducerArgs Network::producer_for(const Layer& layer, const Window& window, con
   producer.window = window;
   producer.input = rows.input.data;
   producer.input_block = rows.input.block;
-  producer.channels = layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, kernels_->matrix_type);
-  producer.input_relu = layer.input_relu;
+  producer.channels =
+      layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, worker.kernels->matrix_type);
+  producer.input_relu = layer.input_relu && !rows.input_rectified;
+  producer.input_as_matrix = rows.input_as_matrix;
   producer.zeros = worker.zeros.data();
   if (layer.kind == Kind::separable || layer.kind == Kind::depthwise) {
-    producer.weights = reinterpret_cast<const float*>(layer.filters.data());
-    producer.bias = layer.filter_bias.size() ? reinterpret_cast<const float*>(layer.filter_bias.data()) : nullptr;
+    const bool halves = worker.kernels->half_filters;
+    const Buffer& bias = halves ? layer.half_filter_bias : layer.filter_bias;
+    producer.weights = (halves ? layer.half_filters : layer.filters).data();
+    producer.bias = bias.size() > 0 ? bias.data() : nullptr;
     producer.activation = layer.middle;
   }
   return producer;
 }
 
-void Network::run_product(const Layer& layer, const Window& window, const Rows& rows, Worker& worker) const {
+// The product, but for its pixels.
+MultiplyArgs Network::product_for(const Layer& layer, const Rows& rows, const Worker& worker) const {
   MultiplyArgs product;
   product.depth = layer.depth;
   product.out_channels = layer.out_channels;
@@ -71,49 +81,82 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
   product.bias = reinterpret_cast<const float*>(layer.bias.data());
   product.output_block = rows.output.block;
   product.residual_block = rows.residual.block;
-  product.activation = layer.activation;
+  product.activation = rows.output_rectified ? Activation::relu : layer.activation;
+  product.output_as_matrix = rows.output_as_matrix;
   product.panels = panels_of(layer.out_channels);
   product.workspace = worker.workspace.data();
+  return product;
+}
 
-  const bool is_matrix = layer.kind == Kind::convolution && window.kernel == 1 && window.stride == 1 &&
-                         window.pad_top == 0 && window.pad_left == 0 && !layer.input_relu &&
-                         kernels_->matrix_type == type_ && window.out_width == window.in_width &&
-                         window.out_height == window.in_height;
+// In how many parts these rows' matrix is made, so that each stays in the cache.
+int Network::strips_of(const Layer& layer, const Window& window, int rows) const {
   const int lines = ceil_div(layer.depth, lane_count(kernels_->matrix_type));
   const std::int64_t row_bytes = static_cast<std::int64_t>(window.out_width) * kLineBytes * lines;
-  const auto rows_a_strip = static_cast<int>(std::clamp<std::int64_t>(kMatrixBytes / row_bytes, 1, rows.count));
-  const int strips = ceil_div(rows.count, rows_a_strip);
-  ProducerArgs producer = producer_for(layer, window, rows, worker);
-  producer.matrix = worker.matrix.data();
+  return ceil_div(rows, static_cast<int>(std::clamp<std::int64_t>(kMatrixBytes / row_bytes, 1, rows)));
+}
+
+void Network::run_product(const Layer& layer, const Window& window, const Rows& rows, Worker& worker,
+                          const Company& company) const {
+  const Kernels& kernels = *worker.kernels;
+  MultiplyArgs product = product_for(layer, rows, worker);
+  const bool is_matrix = layer.kind == Kind::convolution && window.kernel == 1 && window.stride == 1 &&
+                         window.pad_top == 0 && window.pad_left == 0 && (!layer.input_relu || rows.input_rectified) &&
+                         (kernels.matrix_type == kernels.type || rows.input_as_matrix) &&
+                         window.out_width == window.in_width && window.out_height == window.in_height;
+  const int strips = company.matrix != nullptr || company.follows ? 1 : strips_of(layer, window, rows.count);
+  const ProducerArgs whole = producer_for(layer, window, rows, worker);
+  const auto line_bytes = [&](int row) {
+    return static_cast<std::int64_t>(rows.first + row) * window.out_width * kLineBytes;
+  };
+  const auto strip_of = [&](int strip, std::byte* matrix) {
+    const Range range = share(rows.count, strip, strips);
+    ProducerArgs producer = whole;
+    producer.first_row = rows.first + range.begin;
+    producer.rows = range.end - range.begin;
+    producer.matrix = matrix;
+    producer.matrix_block = spread(static_cast<std::int64_t>(producer.rows) * window.out_width * kLineBytes);
+    return producer;
+  };
+  const bool ahead = kernels.interleaves && layer.kind == Kind::separable;  // the next strip during this one
+  std::byte* matrix = worker.matrices[0].data();
   for (int strip = 0; strip < strips; ++strip) {
     const Range range = share(rows.count, strip, strips);
-    const int count = range.end - range.begin;
-    const std::int64_t line_bytes = static_cast<std::int64_t>(rows.first + range.begin) * window.out_width * kLineBytes;
     if (is_matrix) {
-      product.matrix = rows.input.data + line_bytes;
+      product.matrix = rows.input.data + line_bytes(range.begin);
       product.matrix_block = rows.input.block;
+    } else if (company.matrix != nullptr) {
+      product.matrix = company.matrix;
+      product.matrix_block = company.matrix_block;
     } else {
-      producer.first_row = rows.first + range.begin;
-      producer.rows = count;
-      producer.matrix_block = spread(static_cast<std::int64_t>(count) * window.out_width * kLineBytes);
+      const ProducerArgs producer = strip_of(strip, matrix);
       product.matrix = producer.matrix;
       product.matrix_block = producer.matrix_block;
-      if (layer.kind == Kind::separable)
-        kernels_->depthwise(producer);
-      else if (layer.kind == Kind::image)
-        kernels_->image(producer);
-      else
-        kernels_->patches(producer);
+      if (layer.kind == Kind::image)
+        kernels.image(producer);
+      else if (layer.kind == Kind::convolution)
+        kernels.patches(producer);
+      else if (strip == 0 || !ahead)
+        kernels.depthwise(producer);
     }
-    product.pixels = count * window.out_width;
-    product.output = rows.output.data + line_bytes;
-    product.residual = rows.residual.data == nullptr ? nullptr : rows.residual.data + line_bytes;
-    kernels_->multiply(product);
+    ProducerArgs next;
+    product.beside = strip + 1 == strips ? company.beside : nullptr;
+    product.follows = product.beside != nullptr && company.follows;
+    if (ahead && strip + 1 < strips) {
+      matrix = worker.matrices[(strip + 1) % 2].data();
+      next = strip_of(strip + 1, matrix);
+      product.beside = &next;
+    }
+    product.next_weights = strip + 1 < strips ? product.weights : nullptr;
+    product.pixels = (range.end - range.begin) * window.out_width;
+    product.output = rows.output.data + line_bytes(range.begin);
+    product.residual = rows.residual.data == nullptr ? nullptr : rows.residual.data + line_bytes(range.begin);
+    kernels.multiply(product);
   }
 }
 
 // Output rows of a layer that goes row by row.
-void Network::run_rows(const Layer& layer, const Window& window, const Rows& rows, Worker& worker) const {
+void Network::run_rows(const Layer& layer, const Window& window, const Rows& rows, Worker& worker,
+                       const Company& company) const {
   if (rows.count == 0) return;
   if (layer.kind == Kind::pool) {
     PoolArgs args;
@@ -128,40 +171,44 @@ void Network::run_rows(const Layer& layer, const Window& window, const Rows& row
     args.groups = panels_of(layer.out_channels) * 2;
     args.first_row = rows.first;
     args.rows = rows.count;
-    return kernels_->pool(args);
+    return worker.kernels->pool(args);
   }
   if (layer.kind == Kind::depthwise) {
     ProducerArgs args = producer_for(layer, window, rows, worker);
     args.first_row = rows.first;
     args.rows = rows.count;
     const std::int64_t pixels = static_cast<std::int64_t>(rows.first) * window.out_width * kLineBytes;
-    args.channels = whole_lines(layer.in_channels, type_);
+    args.channels = whole_lines(layer.in_channels, worker.kernels->type);
     args.matrix = rows.output.data + pixels;
     args.matrix_block = rows.output.block;
+    // `filter` is in floats at every level.
+    args.weights = reinterpret_cast<const float*>(layer.filters.data());
+    args.bias = layer.filter_bias.size() ? reinterpret_cast<const float*>(layer.filter_bias.data()) : nullptr;
     args.residual = rows.residual.data == nullptr ? nullptr : rows.residual.data + pixels;
     args.residual_block = rows.residual.block;
-    return kernels_->filter(args);
+    return worker.kernels->filter(args);
   }
   if (layer.kind == Kind::grouped) {
-    const int blocks = kPanel / lane_count(type_);  // of a panel's channels
+    const int blocks = kPanel / lane_count(worker.kernels->type);  // of a panel's channels
     for (const Section& section : layer.sections) {
       Rows part = rows;
       part.input.data += section.first_panel_in * blocks * rows.input.block;
       part.output.data += section.first_panel * blocks * rows.output.block;
       if (rows.residual.data != nullptr) part.residual.data += section.first_panel * blocks * rows.residual.block;
-      run_product(section.layer, window, part, worker);
+      run_product(section.layer, window, part, worker, &section == &layer.sections.back() ? company : Company{});
     }
     return;
   }
-  run_product(layer, window, rows, worker);
+  run_product(layer, window, rows, worker, company);
 }
 
-// The layer's values where they lie in the arena.
-Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images,
+// The layer's values where they lie in the arena, from this image on; rows are counted from it.
+Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images, int first_image,
                       std::pair<int, int> range) const {
   const auto view = [&](int value) {
     const Place& place = layout.places[index_of(value)];
-    return View{arena + place.offset, place.block};
+    const std::int64_t images_before = place.all_images ? first_image : 0;
+    return View{arena + place.offset + images_before * place.height * place.width * kLineBytes, place.block};
   };
   Rows rows;
   rows.input = view(layer.input);
@@ -169,14 +216,28 @@ Rows Network::rows_of(const Layer& layer, const Layout& layout, std::byte* arena
   rows.first = range.first;
   rows.count = range.second;
   // The image is only read.
-  if (layer.kind == Kind::image)
-    rows.input.data = const_cast<std::byte*>(reinterpret_cast<const std::byte*>(images.data));
+  if (layer.kind == Kind::image) {
+    const float* data = images.data + first_image * image_size(images);
+    rows.input.data = const_cast<std::byte*>(reinterpret_cast<const std::byte*>(data));
+  }
   if (layer.residual >= 0) rows.residual = view(layer.residual);
+  rows.input_as_matrix = layout.as_matrix[index_of(layer.input)];
+  rows.output_as_matrix = layout.as_matrix[index_of(layer.output)];
+  rows.input_rectified = layout.rectified[index_of(layer.input)];
+  rows.output_rectified = layout.rectified[index_of(layer.output)];
   return rows;
 }
 
+std::int64_t Network::image_size(const Images& images) const {
+  return static_cast<std::int64_t>(images.height) * images.width * channels_[0];
+}
+
+std::int64_t Network::beside_size(const Images& images) const {
+  return static_cast<std::int64_t>(images.beside_height) * images.beside_width * beside_channels();
+}
+
 void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena,
-                        const Images& images, Worker& worker, Part part) const {
+                        const Images& images, Span span, Worker& worker, Part part) const {
   const Place& in = layout.places[index_of(layer.input)];
   const Place& out = layout.places[index_of(layer.output)];
   switch (layer.kind) {
@@ -187,19 +248,21 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
     case Kind::separable:
     case Kind::pool: {
       const Window& window = layout.windows[index];
-      const Range range = share(layout.images * window.out_height, part.index, part.count);
-      return run_rows(layer, window, rows_of(layer, layout, arena, images, {range.begin, range.end - range.begin}), worker);
+      const Range range = share(span.count * window.out_height, part.index, part.count);
+      const Rows rows = rows_of(layer, layout, arena, images, span.first, {range.begin, range.end - range.begin});
+      return run_rows(layer, window, rows, worker);
     }
     case Kind::load: {
-      const Range pixels = share(layout.images * out.height * out.width, part.index, part.count);
+      const Range pixels = share(span.count * out.height * out.width, part.index, part.count);
       CopyArgs args;
-      args.plain = const_cast<float*>(layer.beside ? images.beside : images.data);
-      args.blocks = arena + out.offset;
+      args.plain = const_cast<float*>(layer.beside ? images.beside + span.first * beside_size(images)
+                                                   : images.data + span.first * image_size(images));
+      args.blocks = rows_of(layer, layout, arena, images, span.first, {0, 0}).output.data;
       args.block = out.block;
       args.channels = layer.out_channels;
       args.first_pixel = pixels.begin;
       args.pixels = pixels.end - pixels.begin;
-      return kernels_->load(args);
+      return worker.kernels->load(args);
     }
     case Kind::reduce: {
       const Range groups = share(panels_of(layer.out_channels) * 2, part.index, part.count);
@@ -212,7 +275,7 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
       args.output = reinterpret_cast<float*>(arena + out.offset);
       args.first_group = groups.begin;
       args.groups = groups.end - groups.begin;
-      return kernels_->reduce(args);
+      return worker.kernels->reduce(args);
     }
     case Kind::linear: {
       const Range panels = share(panels_of(layer.out_channels), part.index, part.count);
@@ -231,13 +294,14 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
       args.first_panel = panels.begin;
       args.panels = panels.end - panels.begin;
       args.workspace = worker.workspace.data();
-      return kernels_->multiply_f32(args);
+      return worker.kernels->multiply_f32(args);
     }
   }
 }
 
 // A value as float [images][pixels][channels].
-void Network::fetch(const Layout& layout, int value, std::byte* arena, float* output, Part part) const {
+void Network::fetch(const Layout& layout, int value, std::byte* arena, float* output, const Worker& worker,
+                    Part part) const {
   const Place& place = layout.places[index_of(value)];
   const Range pixels = share(layout.images * place.height * place.width, part.index, part.count);
   if (!reduced_[index_of(value)]) {
@@ -248,7 +312,7 @@ void Network::fetch(const Layout& layout, int value, std::byte* arena, float* ou
     args.channels = place.channels;
     args.first_pixel = pixels.begin;
     args.pixels = pixels.end - pixels.begin;
-    return kernels_->unload(args);
+    return worker.kernels->unload(args);
   }
   for (int image = pixels.begin; image < pixels.end; ++image)
     for (int c = 0; c < place.channels; ++c) {
@@ -263,28 +327,51 @@ void Network::run(const Images& images, int value, float* output) {
   check(images, value);
   const int count = images.count, height = images.height, width = images.width;
   if (count == 0) return;
-  const std::int64_t image_size = static_cast<std::int64_t>(height) * width * channels_[0];
-  std::int64_t beside_size = 0;
-  for (const Layer& layer : layers_)
-    if (layer.beside)
-      beside_size = static_cast<std::int64_t>(images.beside_height) * images.beside_width * layer.out_channels;
   const int threads = team_.size();
-  // Small images go through the layers together, so that weights are worth loading.
-  const int few = std::max(kPixelsTogether / std::max(height * width, 1), 1);
-  const int together = std::min(few, std::max(count / threads, 1));
+  // Small images go through the layers together, so that weights are worth loading; and where a layout takes few of its
+  // images at a time, more for the layers with the most weights.
+  const int few = images_together(height, width);
+  const int share_each = std::max(count / threads, 1);
+  const int rounds = ceil_div(share_each, std::max(few, kImagesTogether));
+  const int together = kernels_->interleaves ? share_each / rounds : std::min(few, share_each);
   const int groups = threads == 1 ? ceil_div(count, together) : latency_ ? 0 : count / together / threads * threads;
-  const auto run_layers = [&](const Layout& layout, std::byte* arena, int first, Worker& worker, Part part,
-                              Barrier* barrier) {
+  const Layout& single = layout_for(images, 1, value);
+  const Place& place = single.places[index_of(value)];
+  const std::int64_t output_size = static_cast<std::int64_t>(place.channels) * place.height * place.width;
+  const Kernels& preferred = filters_fit_ || wide_kernels_ == nullptr ? *kernels_ : *wide_kernels_;
+
+  // These images by these kernels, one share of the work; false where numbers became too large for them.
+  const auto pass = [&](const Kernels& kernels, const Layout& layout, int first, Worker& worker, Worker& owner,
+                        Part part, Barrier* barrier) {
+    worker.kernels = &kernels;
+    std::byte* arena = owner.arena.data();
+    std::byte* const matrices[] = {owner.matrices[0].data(), owner.matrices[1].data()};
+    const unsigned watch = kernels.begin_overflow_watch == nullptr ? 0 : kernels.begin_overflow_watch();
     Images mine = images;
-    mine.data += first * image_size;
-    if (mine.beside != nullptr) mine.beside += first * beside_size;
-    for (int i = 0; i < value; i = layout.chain_end[index_of(i)] + 1) {
-      if (layout.chain_end[index_of(i)] > i)
-        run_chain(layout, i, arena, mine, worker, part);
-      else
-        run_layer(layers_[index_of(i)], layout, index_of(i), arena, mine, worker, part);
-      if (barrier != nullptr) barrier->wait();
+    mine.data += first * image_size(images);
+    if (mine.beside != nullptr) mine.beside += first * beside_size(images);
+    for (int i = 0; i < value;) {
+      const int at_a_time = layout.images_at_a_time[index_of(i)];
+      int segment_end = i;
+      while (segment_end < value && layout.images_at_a_time[index_of(segment_end)] == at_a_time) ++segment_end;
+      for (int image = 0; image < layout.images; image += at_a_time) {
+        const Span span{image, std::min(at_a_time, layout.images - image)};
+        for (int k = i; k < segment_end;) {
+          const int flow_end = layout.flow_end[index_of(k)], chain_end = layout.chain_end[index_of(k)];
+          if (flow_end > k)
+            run_flow(layout, k, arena, mine, span, worker, matrices, part, barrier);
+          else if (chain_end > k)
+            run_chain(layout, k, arena, mine, span, worker, part);
+          else
+            run_layer(layers_[index_of(k)], layout, index_of(k), arena, mine, span, worker, part);
+          if (barrier != nullptr) barrier->wait();
+          k = std::max(flow_end, chain_end) + 1;
+        }
+      }
+      i = segment_end;
     }
+    fetch(layout, value, arena, output + first * output_size, worker, part);
+    return kernels.end_overflow_watch == nullptr || !kernels.end_overflow_watch(watch);
   };
   const auto begin_thread = [&] {
     if (kernels_->begin_thread != nullptr) kernels_->begin_thread();
@@ -292,9 +379,6 @@ void Network::run(const Images& images, int value, float* output) {
   const auto end_thread = [&] {
     if (kernels_->end_thread != nullptr) kernels_->end_thread();
   };
-  const Layout& whole = layout_for(images, 1, value);
-  const Place& place = whole.places[index_of(value)];
-  const std::int64_t output_size = static_cast<std::int64_t>(place.channels) * place.height * place.width;
 
   // First as many groups as there are threads, again and again: each thread takes a group through the whole network.
   const int grouped = std::min(groups * together, count);
@@ -305,6 +389,7 @@ void Network::run(const Images& images, int value, float* output) {
     for (Worker& worker : workers_) {
       reserve(worker, layout, true);
       reserve(worker, *last, true);
+      if (wide_kernels_ != nullptr) reserve(worker, single, true);
     }
     std::atomic<int> next{0};
     team_.run([&](int thread) {
@@ -313,26 +398,34 @@ void Network::run(const Images& images, int value, float* output) {
       for (int group = next.fetch_add(1); group < groups; group = next.fetch_add(1)) {
         const int first = group * together;
         const Layout& mine = grouped - first < together ? *last : layout;
-        run_layers(mine, worker.arena.data(), first, worker, {0, 1}, nullptr);
-        fetch(mine, value, worker.arena.data(), output + first * output_size, {0, 1});
+        if (pass(preferred, mine, first, worker, worker, {0, 1}, nullptr)) continue;
+        // Each image for itself: which others it came with must not show in its numbers.
+        for (int image = first; image < first + mine.images; ++image)
+          if (mine.images == 1 || !pass(preferred, single, image, worker, worker, {0, 1}, nullptr))
+            pass(*wide_kernels_, single, image, worker, worker, {0, 1}, nullptr);
       }
       end_thread();
     });
   }
   // What is left is less than one group for each: all threads work on the same images, layer by layer.
-  for (int first = grouped; first < count;) {
-    const int left = std::min(count - first, few);
-    const Layout& layout = layout_for(images, left, value);
+  const auto shared = [&](const Kernels& kernels, const Layout& layout, int first) {
     reserve(workers_[0], layout, true);
     for (Worker& worker : workers_) reserve(worker, layout, false);
     Barrier barrier(threads);
+    std::atomic<bool> fits{true};
     team_.run([&](int thread) {
       begin_thread();
-      std::byte* arena = workers_[0].arena.data();
-      run_layers(layout, arena, first, workers_[index_of(thread)], {thread, threads}, &barrier);
-      fetch(layout, value, arena, output + first * output_size, {thread, threads});
+      Worker& worker = workers_[index_of(thread)];
+      if (!pass(kernels, layout, first, worker, workers_[0], {thread, threads}, &barrier)) fits = false;
       end_thread();
     });
+    return fits.load();
+  };
+  for (int first = grouped; first < count;) {
+    const int left = std::min(count - first, few);
+    if (!shared(preferred, layout_for(images, left, value), first))
+      for (int image = first; image < first + left; ++image)
+        if (left == 1 || !shared(preferred, single, image)) shared(*wide_kernels_, single, image);
     first += left;
   }
 }
@@ -346,11 +439,13 @@ std::vector<double> Network::profile(const Images& images, int value, int repeat
   Layout layout = lay_out(several, value, /*chains=*/false);  // each layer by itself
   Worker& worker = workers_[0];
   reserve(worker, layout, true);
+  worker.kernels = filters_fit_ || wide_kernels_ == nullptr ? kernels_ : wide_kernels_;
   if (kernels_->begin_thread != nullptr) kernels_->begin_thread();
   for (int repeat = 0; repeat < repeats && images.count > 0; ++repeat)
     for (int i = 0; i < value; ++i) {
       const double begin = thread_seconds();
-      run_layer(layers_[index_of(i)], layout, index_of(i), worker.arena.data(), images, worker, {0, 1});
+      run_layer(layers_[index_of(i)], layout, index_of(i), worker.arena.data(), images, {0, images.count}, worker,
+                {0, 1});
       seconds[index_of(i)] = std::min(seconds[index_of(i)], thread_seconds() - begin);
     }
   if (kernels_->end_thread != nullptr) kernels_->end_thread();

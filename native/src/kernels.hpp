@@ -32,10 +32,12 @@ struct ProducerArgs {
   Window window;
   const std::byte* input = nullptr;  // for `image`: float [images][in_height][in_width][channels]
   std::int64_t input_block = 0;      // bytes from a channel block to the next
+  int input_ring = 0;                // not 0: so many blocks are there, and block b lies in the place of b % input_ring
   int channels = 0;                  // `image`: any number; else the number of groups times 16
   bool input_relu = false;
-  const float* weights = nullptr;  // depthwise: [groups][kernel * kernel][16]
-  const float* bias = nullptr;     // depthwise: [groups * 16], or null
+  bool input_as_matrix = false;    // patches: the input is of the matrix's type already
+  const void* weights = nullptr;  // depthwise: float [groups][kernel * kernel][16], or as `half_filters` says
+  const void* bias = nullptr;     // depthwise: float [groups * 16], or likewise; or null
   Activation activation = Activation::none;
   const std::byte* residual = nullptr;  // `filter` only: at the output's first pixel, or null
   std::int64_t residual_block = 0;
@@ -62,6 +64,9 @@ struct MultiplyArgs {
   const std::byte* matrix = nullptr;
   std::int64_t matrix_block = 0;
   int pixels = 0;
+  // Not 0: the pixels are those of whole images, of so many each. Kernels may then go through K in an order that
+  // depends on a pixel's place in its image; else the order is the same for all.
+  int image_pixels = 0;
   int depth = 0;                        // K, without padding
   int out_channels = 0;                 // lanes behind them are kept zero, whatever the sums are
   const std::byte* weights = nullptr;   // as `pack` lays them out
@@ -74,6 +79,13 @@ struct MultiplyArgs {
   Activation activation = Activation::none;
   int first_panel = 0, panels = 0;
   std::byte* workspace = nullptr;  // kWorkspace bytes of this thread
+  bool output_as_matrix = false;   // the output is stored in the matrix's type, where the kernels' two types differ
+  int output_ring = 0;             // like ProducerArgs::input_ring, counted from first_panel
+  // Where kernels `interleave`: a depthwise convolution that is done between the product's own steps, into another
+  // matrix. With `follows` its block b is this product's panel first_panel + b, and waits until that is finished.
+  const ProducerArgs* beside = nullptr;
+  bool follows = false;
+  const std::byte* next_weights = nullptr;  // the panel that will be read after the last one, or null
 };
 
 inline constexpr std::size_t kWorkspace = 8192;
@@ -103,6 +115,8 @@ struct CopyArgs {
 struct Kernels {
   Type type = Type::f32;
   Type matrix_type = Type::f32;
+  bool interleaves = false;   // `multiply` does `beside`
+  bool half_filters = false;  // depthwise filters are half precision, [blocks][kernel * kernel][32]; bias [blocks * 32]
   int depth_unit = 1;  // `multiply` reads K up to a multiple of this: weights are padded with zeros
   void (*depthwise)(const ProducerArgs&) = nullptr;
   void (*filter)(const ProducerArgs&) = nullptr;  // a depthwise convolution whose `matrix` is a map of the activations
@@ -116,6 +130,10 @@ struct Kernels {
   void (*multiply_f32)(const MultiplyArgs&) = nullptr;  // everything float: the classifier
   void (*begin_thread)() = nullptr;                     // called by each thread before the others
   void (*end_thread)() = nullptr;
+  // Kernels whose arithmetic has less range than their type's: whether anything became infinite between the two calls,
+  // in this thread. Null where that cannot be, or is the type's own infinity.
+  unsigned (*begin_overflow_watch)() = nullptr;
+  bool (*end_overflow_watch)(unsigned) = nullptr;
 };
 
 // One function a file that is compiled for an instruction set. Null where it has none for the type.
@@ -136,6 +154,12 @@ namespace amx {
 const Kernels* kernels(Type type);
 }
 namespace amx_emulated {
+const Kernels* kernels(Type type);
+}
+namespace amx_half {
+const Kernels* kernels(Type type);
+}
+namespace amx_half_emulated {
 const Kernels* kernels(Type type);
 }
 #endif

@@ -1,7 +1,10 @@
-// The kernels on AMX tiles; compiled twice, for the tiles and for their emulation.
+// The kernels on AMX tiles; compiled for the tiles and for their emulation, with AVX-512 FP16 and without.
 #include <math.h>
 
 #include "vector_avx512.hpp"
+#if defined(XCEPTION_HALF_LANES)
+#include "vector_half.hpp"
+#endif
 #include "tiles.hpp"
 
 namespace xception::XCEPTION_LEVEL {
@@ -9,31 +12,60 @@ namespace {
 
 #include "producers.hpp"
 #include "multiply.hpp"
+#include "depthwise_work.hpp"
 #include "multiply_tiles.hpp"
+#include "image_lines.hpp"
+#include "patch_lines.hpp"
+#if defined(XCEPTION_HALF_LANES)
+#include "pool_lines.hpp"
+#endif
 
-template <class Half>
-constexpr Kernels table(Type type) {
+// `Half` is the type of the matrix and the weights, the line's that of the activations.
+template <class Line, class Half>
+constexpr Kernels table(Type type, Type matrix_type) {
+  using Stored = typename Line::Stored;
   return {
       .type = type,
-      .matrix_type = type,
+      .matrix_type = matrix_type,
+      .interleaves = true,
       .depth_unit = 32,
-      .depthwise = depthwise<Half, Half>,
-      .filter = filter<Half>,
-      .patches = patches<Half, Half>,
-      .image = image_patches<Half>,
-      .load = load_blocks<Half>,
-      .unload = unload_blocks<Half>,
-      .pool = max_pool<Half>,
-      .reduce = reduce<Half>,
-      .multiply = multiply_tiles<Half>,
+      .depthwise = depthwise_lines<Line, Half>,
+      .filter = filter<Stored>,
+      .patches = patch_lines<Stored, Half>,
+      .image = image_lines<Half>,
+      .load = load_blocks<Stored>,
+      .unload = unload_blocks<Stored>,
+      .pool = max_pool<Stored>,
+      .reduce = reduce<Stored>,
+      .multiply = multiply_tiles<Line, Half>,
       .multiply_f32 = multiply<DotFloat, float>,
       .begin_thread = begin_tiles,
       .end_thread = end_tiles,
   };
 }
 
-constexpr Kernels kBf16Table = table<bf16>(Type::bf16);
-constexpr Kernels kF16Table = table<f16>(Type::f16);
+#if defined(XCEPTION_HALF_LANES)
+
+// Activations are half precision even where the product is of bf16: their arithmetic is twice as fast as that of
+// floats, and rounds eight times finer than bf16.
+template <class Half>
+constexpr Kernels half_table(Type matrix_type) {
+  Kernels kernels = table<HalfLine, Half>(Type::f16, matrix_type);
+  kernels.half_filters = true;
+  kernels.pool = max_pool_halves;
+  kernels.begin_overflow_watch = begin_overflow_watch;
+  kernels.end_overflow_watch = end_overflow_watch;
+  return kernels;
+}
+constexpr Kernels kBf16Table = half_table<bf16>(Type::bf16);
+constexpr Kernels kF16Table = half_table<f16>(Type::f16);
+
+#else
+
+constexpr Kernels kBf16Table = table<FloatLine<bf16>, bf16>(Type::bf16, Type::bf16);
+constexpr Kernels kF16Table = table<FloatLine<f16>, f16>(Type::f16, Type::f16);
+
+#endif
 
 }  // namespace
 

@@ -10,17 +10,21 @@ namespace {
 #include "producers.hpp"
 #include "multiply.hpp"
 #include "dot_pairs.hpp"
+#include "depthwise_work.hpp"
+#include "image_lines.hpp"
+#include "patch_lines.hpp"
+#include "pool_pairs.hpp"
 
 constexpr Kernels kTable{
     .type = Type::bf16,
     .matrix_type = Type::bf16,
-    .depthwise = depthwise<bf16, bf16>,
+    .depthwise = depthwise_lines<PairLine, bf16>,
     .filter = filter<bf16>,
-    .patches = patches<bf16, bf16>,
-    .image = image_patches<bf16>,
+    .patches = patch_lines<bf16, bf16>,
+    .image = image_lines<bf16>,
     .load = load_blocks<bf16>,
     .unload = unload_blocks<bf16>,
-    .pool = max_pool<bf16>,
+    .pool = max_pool_pairs,
     .reduce = reduce<bf16>,
     .multiply = multiply<DotPairs, bf16>,
     .multiply_f32 = multiply<DotFloat, float>,

@@ -50,14 +50,9 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
     place.channels = layer.out_channels;
     if (layer.kind == Kind::reduce || layer.kind == Kind::linear) {
       place.height = place.width = 1;
-      place.block = static_cast<std::int64_t>(images) * kGroup * 4;
-      place.bytes = index_of(panels_of(layer.out_channels) * 2) * static_cast<std::size_t>(place.block);
     } else if (layer.kind == Kind::load) {
       place.height = layer.beside ? given.beside_height : height;
       place.width = layer.beside ? given.beside_width : width;
-      const std::int64_t pixels = static_cast<std::int64_t>(images) * place.height * place.width;
-      place.block = spread(pixels * kLineBytes);
-      place.bytes = index_of(panels_of(layer.out_channels) * (kPanel / lanes)) * static_cast<std::size_t>(place.block);
     } else {
       const Sampling& s = layer.sampling;
       const Axis y = along(in.height, s), x = along(in.width, s);
@@ -69,8 +64,6 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
       out.windows[index_of(i)] = {.in_height = in.height, .in_width = in.width, .out_height = y.size,
                                   .out_width = x.size, .kernel = s.kernel, .stride = s.stride,
                                   .dilation = s.dilation, .pad_top = y.before, .pad_left = x.before};
-      place.block = spread(static_cast<std::int64_t>(images) * y.size * x.size * kLineBytes);
-      place.bytes = index_of(panels_of(layer.out_channels) * (kPanel / lanes)) * static_cast<std::size_t>(place.block);
       out.zero_lines = std::max(out.zero_lines, index_of(in.width));
       if (layer.kind != Kind::pool && layer.kind != Kind::depthwise) {
         const std::int64_t lines = ceil_div(layer.depth, lane_count(kernels_->matrix_type)) + 1;
@@ -87,7 +80,20 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
     last_use[index_of(layer.input)] = i;
   }
   last_use[index_of(value)] = value;
+  find_matrices(out, value);
+  find_rectified(out, value);
+  find_flows(out, chains ? value : 0);
+  find_segments(out, value, !chains);
   find_chains(out, chains ? value : 0);
+  for (int i = 0; i < value; ++i) {
+    const Layer& layer = layers_[index_of(i)];
+    Place& place = out.places[index_of(layer.output)];
+    const bool reduced = layer.kind == Kind::reduce || layer.kind == Kind::linear;
+    const std::int64_t count = place.all_images ? images : out.images_at_a_time[index_of(i)];
+    place.block = reduced ? count * kGroup * 4 : spread(count * place.height * place.width * kLineBytes);
+    const int blocks = panels_of(layer.out_channels) * (reduced ? 2 : kPanel / lanes);
+    place.bytes = index_of(blocks) * static_cast<std::size_t>(place.block);
+  }
   // A chain's values are all needed until its end, and its result is there from its beginning.
   std::vector<int> birth(channels_.size(), 0);
   for (int i = 0; i < value; i = out.chain_end[index_of(i)] + 1) {
@@ -99,6 +105,20 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
       if (layer.residual >= 0) last_use[index_of(layer.residual)] = std::max(last_use[index_of(layer.residual)], end);
       if (k < end) out.places[index_of(layer.output)].bytes = 0;  // in bands, not in the arena
     }
+  }
+  for (int v = 1; v <= value; ++v)
+    if (out.in_ring[index_of(v)]) out.places[index_of(v)].bytes = 0;
+  // Where images take a segment one after another, what one of them brings or leaves must outlast the others' way.
+  for (int i = 0; i < value;) {
+    int end = i;
+    while (end + 1 < value && out.images_at_a_time[index_of(end + 1)] == out.images_at_a_time[index_of(i)]) ++end;
+    for (int k = i; k <= end && out.images_at_a_time[index_of(i)] < images; ++k) {
+      const Layer& layer = layers_[index_of(k)];
+      if (out.places[index_of(layer.output)].all_images) birth[index_of(layer.output)] = i;
+      for (const int v : {layer.input, layer.residual})
+        if (v >= 0 && out.places[index_of(v)].all_images) last_use[index_of(v)] = std::max(last_use[index_of(v)], end);
+    }
+    i = end + 1;
   }
   // Each value at the lowest place that is free while it is needed.
   for (int v = 1; v <= value; ++v) {
@@ -117,6 +137,67 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
     out.arena_bytes = std::max(out.arena_bytes, offset + place.bytes);
   }
   return out;
+}
+
+void Network::find_matrices(Layout& layout, int value) const {
+  layout.as_matrix.assign(channels_.size(), false);
+  if (!kernels_->interleaves) return;
+  const auto convolves = [](Kind kind) { return kind == Kind::convolution || kind == Kind::image; };
+  for (int i = 0; i < value; ++i) {
+    const Layer& layer = layers_[index_of(i)];
+    int readers = 0;
+    bool fits = layer.output != value && convolves(layer.kind) && layer.residual < 0;
+    for (int k = i + 1; k < value; ++k) {
+      const Layer& other = layers_[index_of(k)];
+      if (other.residual == layer.output) fits = false;
+      if (other.input != layer.output) continue;
+      ++readers;
+      fits = fits && other.kind == Kind::convolution;
+    }
+    layout.as_matrix[index_of(layer.output)] = fits && readers == 1;
+  }
+}
+
+void Network::find_rectified(Layout& layout, int value) const {
+  layout.rectified.assign(channels_.size(), false);
+  for (int i = 0; i < value; ++i) {
+    const Layer& layer = layers_[index_of(i)];
+    layout.rectified[index_of(layer.output)] =
+        layer.output != value && layer.activation == Activation::none &&
+        (layer.kind == Kind::separable || layer.kind == Kind::convolution);
+  }
+  for (int i = 0; i < value; ++i) {
+    const Layer& layer = layers_[index_of(i)];
+    if (!layer.input_relu) layout.rectified[index_of(layer.input)] = false;
+    if (layer.residual >= 0) layout.rectified[index_of(layer.residual)] = false;
+  }
+}
+
+// `together`: all images take every layer together.
+void Network::find_segments(Layout& layout, int value, bool together) const {
+  const int all = layout.images;
+  const Place& image = layout.places[0];
+  const int few = std::min(images_together(image.height, image.width), std::max(all, 1));
+  layout.images_at_a_time.assign(layers_.size(), all);
+  if (together || !kernels_->interleaves) return;
+  int now = few;
+  std::vector<int> segment(layers_.size(), 0);
+  for (int i = 0; i < value; ++i) {
+    const Kind kind = layers_[index_of(i)].kind;
+    if (kind == Kind::reduce || kind == Kind::linear)
+      now = all;
+    else if (layout.flow_images[index_of(i)] > 0)
+      now = layout.flow_images[index_of(i)];
+    layout.images_at_a_time[index_of(i)] = now;
+    const bool same = i > 0 && layout.images_at_a_time[index_of(i - 1)] == now;
+    segment[index_of(i)] = i == 0 ? 0 : segment[index_of(i - 1)] + (same ? 0 : 1);
+  }
+  // What is written and read inside one segment only.
+  for (int i = 0; i < value; ++i) layout.places[index_of(layers_[index_of(i)].output)].all_images = false;
+  layout.places[index_of(value)].all_images = true;
+  for (int i = 0; i < value; ++i)
+    for (const int v : {layers_[index_of(i)].input, layers_[index_of(i)].residual})
+      if (v > 0 && segment[index_of(v - 1)] != segment[index_of(i)]) layout.places[index_of(v)].all_images = true;
 }
 
 Tensor3 Network::shape(int value, int height, int width) const {

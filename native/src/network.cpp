@@ -2,6 +2,7 @@
 #include "network.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <cstdlib>
 #include <new>
@@ -13,6 +14,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu_features.hpp"
 #include "halves.hpp"
 #include "sizes.hpp"
 
@@ -65,7 +67,12 @@ const Kernels& kernels_for(const std::string& level, Type type) {
 #if defined(XCEPTION_HAS_X86_KERNELS)
   const Kernels* found = nullptr;
   if (level == "amx_bf16" || level == "amx_fp16") found = amx::kernels(type);
+#if defined(XCEPTION_HAS_FP16_KERNELS)
+  if ((level == "amx_bf16" || level == "amx_fp16") && cpu_features().avx512_fp16 && cpu_features().avx512_bf16)
+    found = amx_half::kernels(type);
+#endif
   if (level == "amx_emulated") found = amx_emulated::kernels(type);
+  if (level == "amx_half_emulated") found = amx_half_emulated::kernels(type);
   if (level == "avx512_bf16") found = avx512_bf16::kernels(type);
   if (found == nullptr && level != "avx2" && level != "scalar") found = avx512::kernels(type);
   if (level == "avx2") found = avx2::kernels(type);
@@ -75,8 +82,20 @@ const Kernels& kernels_for(const std::string& level, Type type) {
   refuse("unknown instruction set '" + level + "'");
 }
 
+const Kernels* wide_kernels_for(const std::string& level, Type type) {
+#if defined(XCEPTION_HAS_X86_KERNELS)
+  if (kernels_for(level, type).begin_overflow_watch == nullptr) return nullptr;
+  return level == "amx_half_emulated" ? amx_emulated::kernels(type) : amx::kernels(type);
+#else
+  static_cast<void>(level);
+  static_cast<void>(type);
+  return nullptr;
+#endif
+}
+
 Network::Network(const std::string& level, Type type, int channels, int threads, bool latency)
-    : level_(level), kernels_(&kernels_for(level, type)), type_(type), latency_(latency), team_(threads) {
+    : level_(level), kernels_(&kernels_for(level, type)), wide_kernels_(wide_kernels_for(level, type)), type_(type),
+      latency_(latency), team_(threads) {
   if (channels < 1 || channels > 1 << 20) refuse("expected images of 1 to 1,048,576 channels");
   if (threads < 1 || threads > 1024) refuse("expected 1 to 1024 threads");
   channels_ = {channels};
@@ -260,8 +279,29 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
   layer.middle = middle;
   layer.activation = activation;
   layer.depth = in;
-  pack_filters(layer, filters, filter_bias);
-  pack(layer, weights, bias);
+  if (!kernels_->half_filters || kernels_->matrix_type != Type::bf16 || middle == Activation::elu) {
+    pack_filters(layer, filters, filter_bias);
+    pack(layer, weights, bias);
+    return layer.output;
+  }
+  // Half precision has less range than bf16 at its small end too: each channel's filter is brought to the middle of it
+  // by a power of two, which its column of the weights takes back. Nothing is rounded differently.
+  std::vector<float> scaled(filters.begin(), filters.end()), scaled_bias(filter_bias.begin(), filter_bias.end());
+  std::vector<float> columns(weights.begin(), weights.end());
+  const auto channels = static_cast<std::size_t>(in);
+  for (std::size_t c = 0; c < channels; ++c) {
+    float largest = 0;
+    for (std::size_t i = c; i < scaled.size(); i += channels) largest = std::max(largest, std::abs(scaled[i]));
+    if (!(largest > 0) || !std::isfinite(largest)) continue;
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+    exponent = std::clamp(exponent + 1, -60, 60);
+    for (std::size_t i = c; i < scaled.size(); i += channels) scaled[i] = std::ldexp(scaled[i], -exponent);
+    if (!scaled_bias.empty()) scaled_bias[c] = std::ldexp(scaled_bias[c], -exponent);
+    for (std::size_t i = c; i < columns.size(); i += channels) columns[i] = std::ldexp(columns[i], exponent);
+  }
+  pack_filters(layer, scaled, scaled_bias);
+  pack(layer, columns, bias);
   return layer.output;
 }
 
@@ -280,10 +320,10 @@ int Network::depthwise(int input, const Sampling& sampling, std::span<const floa
 }
 
 // [taps][channels] as [groups][taps][16], padded with zeros.
-void Network::pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) const {
+void Network::pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) {
   const int taps = layer.sampling.kernel * layer.sampling.kernel, in = layer.in_channels;
   // Whole lines of what is written.
-  const Type written = layer.kind == Kind::depthwise ? type_ : kernels_->matrix_type;
+  const Type written = layer.kind == Kind::depthwise ? kernels_->type : kernels_->matrix_type;
   const int groups = rounded_up(in, lane_count(written)) / kGroup;
   layer.filters = Buffer(sizeof(float) * static_cast<std::size_t>(groups * taps * kGroup));
   auto* out = reinterpret_cast<float*>(layer.filters.data());
@@ -294,6 +334,23 @@ void Network::pack_filters(Layer& layer, std::span<const float> filters, std::sp
         *out++ = channel < in ? filters[static_cast<std::size_t>(t * in + channel)] : 0.0f;
       }
   if (!bias.empty()) layer.filter_bias = padded(bias, groups * kGroup);
+  if (!kernels_->half_filters) return;
+  const auto half = [&](float value) {
+    const f16 rounded = to_f16(value);
+    if (std::isinf(widen(rounded)) && !std::isinf(value)) filters_fit_ = false;
+    return rounded.bits;
+  };
+  const int channels = groups * kGroup;
+  layer.half_filters = Buffer(sizeof(std::uint16_t) * static_cast<std::size_t>(channels * taps));
+  auto* halves = reinterpret_cast<std::uint16_t*>(layer.half_filters.data());
+  for (int block = 0; block < channels; block += kPanel)
+    for (int t = 0; t < taps; ++t)
+      for (int c = block; c < block + kPanel; ++c)
+        *halves++ = half(c < in ? filters[static_cast<std::size_t>(t * in + c)] : 0.0f);
+  if (bias.empty()) return;
+  layer.half_filter_bias = Buffer(sizeof(std::uint16_t) * static_cast<std::size_t>(channels));
+  halves = reinterpret_cast<std::uint16_t*>(layer.half_filter_bias.data());
+  for (int c = 0; c < channels; ++c) *halves++ = half(c < in ? bias[static_cast<std::size_t>(c)] : 0.0f);
 }
 
 int Network::pool(int input, const Sampling& sampling, int residual, bool relu) {
@@ -330,7 +387,9 @@ int Network::beside_channels() const {
 std::size_t Network::weight_bytes() const {
   std::size_t total = 0;
   const auto add = [&](const Layer& layer) {
-    total += layer.weights.size() + layer.bias.size() + layer.filters.size() + layer.filter_bias.size();
+    for (const Buffer* buffer : {&layer.weights, &layer.bias, &layer.filters, &layer.filter_bias, &layer.half_filters,
+                                 &layer.half_filter_bias})
+      total += buffer->size();
   };
   for (const Layer& layer : layers_) {
     add(layer);
@@ -342,7 +401,9 @@ std::size_t Network::weight_bytes() const {
 std::size_t Network::arena_bytes() const {
   const std::lock_guard lock(mutex_);
   std::size_t total = 0;
-  for (const Worker& worker : workers_) total += worker.arena.size() + worker.matrix.size() + worker.zeros.size();
+  for (const Worker& worker : workers_)
+    for (const Buffer* buffer : {&worker.arena, &worker.matrices[0], &worker.matrices[1], &worker.ring, &worker.zeros})
+      total += buffer->size();
   return total;
 }
 

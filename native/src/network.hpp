@@ -54,6 +54,7 @@ struct Layer {
   int in_channels = 0, out_channels = 0;
   int depth = 0;  // K of the product
   Buffer filters, filter_bias;  // depthwise
+  Buffer half_filters, half_filter_bias;  // the same, for kernels that want them so
   Buffer weights, bias;
   std::int64_t panel_bytes = 0;
   std::vector<Section> sections;  // grouped
@@ -69,6 +70,7 @@ struct Section {
 // The sizes of one value, and where it lies in the arena.
 struct Place {
   int height = 0, width = 0, channels = 0;
+  bool all_images = true;  // else those that pass together, one lot after another in the same place
   std::int64_t block = 0;  // bytes from a channel block to the next
   std::size_t offset = 0, bytes = 0;
 };
@@ -78,11 +80,25 @@ struct Layout {
   int images = 0;
   std::vector<Place> places;
   std::vector<Window> windows;  // a layer
+  // How many images take a layer at a time. Neighbours of the same number form a segment, which some images leave
+  // before the next ones enter it.
+  std::vector<int> images_at_a_time;
   std::size_t arena_bytes = 0, matrix_bytes = 0, zero_lines = 0;
   // Layers that are computed together, a few rows at a time, and of each layer the last that it is computed with; where
   // a layer is not the last, its rows are kept in a band of so many.
   std::vector<int> chain_end, band_rows;
   std::size_t band_bytes = 0;
+  // Of a chain's first layer: how many rows of its last one are computed at a time.
+  std::vector<int> chain_rows;
+  // Separable layers that flow into each other on whole maps, and of each layer the last of its flow: see flow.cpp.
+  // Of a value that nothing else reads only two blocks are kept, in a ring.
+  std::vector<int> flow_end, flow_images;  // how many images go through it together; 0: the layer is in none
+  std::vector<bool> in_ring;  // a value
+  // Values of one convolution that only another one reads: they are stored as it wants its matrix.
+  std::vector<bool> as_matrix;
+  // Values that are only read through a ReLU: it is applied once, when they are stored.
+  std::vector<bool> rectified;
+  std::size_t ring_bytes = 0;
 };
 
 // A value's lines from its row 0 on, or where that would be.
@@ -91,10 +107,25 @@ struct View {
   std::int64_t block = 0;
 };
 
+// Some of a layout's images.
+struct Span {
+  int first = 0, count = 0;
+};
+
 // Output rows of a layer, and where its values are.
 struct Rows {
   View input, output, residual;
   int first = 0, count = 0;
+  bool input_as_matrix = false, output_as_matrix = false;
+  bool input_rectified = false, output_rectified = false;
+};
+
+// What a product finds done before it, and what it does beside itself where the kernels interleave.
+struct Company {
+  const std::byte* matrix = nullptr;  // null: not there yet
+  std::int64_t matrix_block = 0;
+  const ProducerArgs* beside = nullptr;
+  bool follows = false;
 };
 
 struct Tensor3 {
@@ -156,7 +187,9 @@ class Network {
 
  private:
   struct Worker {
-    Buffer arena, matrix, bands, zeros, workspace;
+    const Kernels* kernels = nullptr;  // during a run
+    // Two matrices: while one is multiplied, the next is written.
+    Buffer arena, matrices[2], bands, ring, zeros, workspace;
     std::size_t zero_lines = 0;
   };
   struct Part {  // which share of each layer's rows a thread does, of how many
@@ -166,26 +199,42 @@ class Network {
   int channels_of(int value) const;
   void check(const Images& images, int value) const;
   Layer& add(Kind kind, int input, int out_channels, int residual);
-  void pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) const;
+  void pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias);
   void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
   Layout lay_out(const Images& images, int value, bool chains = true) const;
+  std::int64_t band_bytes(Layout& layout, int begin, int end, int rows) const;
   void find_chains(Layout& layout, int value) const;
+  void find_segments(Layout& layout, int value, bool together) const;
   const Layout& layout_for(Images images, int count, int value);
   void reserve(Worker& worker, const Layout& layout, bool arena);
 
   ProducerArgs producer_for(const Layer& layer, const Window& window, const Rows& rows, const Worker& worker) const;
-  void run_product(const Layer& layer, const Window& window, const Rows& rows, Worker& worker) const;
-  void run_rows(const Layer& layer, const Window& window, const Rows& rows, Worker& worker) const;
-  Rows rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images,
+  MultiplyArgs product_for(const Layer& layer, const Rows& rows, const Worker& worker) const;
+  int strips_of(const Layer& layer, const Window& window, int rows) const;
+  void run_product(const Layer& layer, const Window& window, const Rows& rows, Worker& worker,
+                   const Company& company) const;
+  void run_rows(const Layer& layer, const Window& window, const Rows& rows, Worker& worker,
+                const Company& company = {}) const;
+  Rows rows_of(const Layer& layer, const Layout& layout, std::byte* arena, const Images& images, int first_image,
                std::pair<int, int> range) const;
-  void run_chain(const Layout& layout, int begin, std::byte* arena, const Images& images, Worker& worker,
+  void run_chain(const Layout& layout, int begin, std::byte* arena, const Images& images, Span span, Worker& worker,
                  Part part) const;
+  void find_flows(Layout& layout, int value) const;
+  void run_flow(const Layout& layout, int begin, std::byte* arena, const Images& images, Span span, Worker& worker,
+                std::byte* const* matrices, Part part, Barrier* barrier) const;
   void run_layer(const Layer& layer, const Layout& layout, std::size_t index, std::byte* arena, const Images& images,
-                 Worker& worker, Part part) const;
-  void fetch(const Layout& layout, int value, std::byte* arena, float* output, Part part) const;
+                 Span span, Worker& worker, Part part) const;
+  void find_matrices(Layout& layout, int value) const;
+  void find_rectified(Layout& layout, int value) const;
+  std::int64_t image_size(const Images& images) const;
+  std::int64_t beside_size(const Images& images) const;
+  void fetch(const Layout& layout, int value, std::byte* arena, float* output, const Worker& worker, Part part) const;
 
   std::string level_;
   const Kernels* kernels_ = nullptr;
+  // Of the same matrices and weights, with all the range of `type_`: for what overflows in `kernels_`, or null.
+  const Kernels* wide_kernels_ = nullptr;
+  bool filters_fit_ = true;  // in half precision, where `kernels_` want that
   Type type_;
   bool latency_;
   std::vector<Layer> layers_;
@@ -199,5 +248,7 @@ class Network {
 
 // The kernels of the level for this type: those of the level itself or, where it has none, of the one below.
 const Kernels& kernels_for(const std::string& level, Type type);
+// Null where those have all the range of the type.
+const Kernels* wide_kernels_for(const std::string& level, Type type);
 
 }  // namespace xception

@@ -115,8 +115,9 @@ void depthwise_rows(const ProducerArgs& a) {
   for (int g = 0; g < groups; ++g) {
     const std::byte* input = a.input + group_offset<S>(g, a.input_block);
     std::byte* matrix = a.matrix + group_offset<T>(g, a.matrix_block);
-    const float* weights = a.weights + static_cast<std::int64_t>(g) * w.kernel * w.kernel * kGroup;
-    const V bias = a.bias ? load(a.bias + g * kGroup) : zero();
+    const float* weights =
+        static_cast<const float*>(a.weights) + static_cast<std::int64_t>(g) * w.kernel * w.kernel * kGroup;
+    const V bias = a.bias ? load(static_cast<const float*>(a.bias) + g * kGroup) : zero();
     V filter[9];
     if (fast)
       for (int i = 0; i < 9; ++i) filter[i] = load(weights + i * kGroup);
@@ -205,8 +206,9 @@ void patches(const ProducerArgs& a) {
 
 // The windows of the image itself, float [images][height][width][channels] with few channels: K is (ky, kx, channel)
 // without gaps, so that a row of taps is one run of numbers.
+// One pixel's, anywhere.
 template <class T>
-void image_patches(const ProducerArgs& a) {
+inline void image_patch(const ProducerArgs& a, int image, int y0, int x0, int pixel) {
   const Window& w = a.window;
   const float* images = reinterpret_cast<const float*>(a.input);
   const int run = w.kernel * a.channels;
@@ -214,38 +216,39 @@ void image_patches(const ProducerArgs& a) {
   const int groups = (depth + kGroup - 1) / kGroup;
   constexpr int per_line = kLineBytes / (kGroup * static_cast<int>(sizeof(T)));
   const int padded = (groups + per_line - 1) / per_line * per_line;  // what `multiply` may read
+  float taps[kMaxImageDepth];
+  for (int i = depth; i < padded * kGroup; ++i) taps[i] = 0.0f;
+  for (int ky = 0; ky < w.kernel; ++ky) {
+    const int y = y0 + ky * w.dilation;
+    float* out = taps + ky * run;
+    const float* in = images + ((static_cast<std::int64_t>(image) * w.in_height + y) * w.in_width + x0) * a.channels;
+    const bool whole = w.dilation == 1 && x0 >= 0 && x0 + w.kernel <= w.in_width;
+    if (y < 0 || y >= w.in_height) {
+      for (int i = 0; i < run; ++i) out[i] = 0.0f;
+    } else if (whole) {
+      for (int i = 0; i < run; ++i) out[i] = in[i];
+    } else {
+      for (int kx = 0; kx < w.kernel; ++kx) {
+        const int column = x0 + kx * w.dilation;
+        const bool inside = column >= 0 && column < w.in_width;
+        for (int c = 0; c < a.channels; ++c)
+          out[kx * a.channels + c] = inside ? in[kx * w.dilation * a.channels + c] : 0.0f;
+      }
+    }
+  }
+  for (int g = 0; g < padded; ++g)
+    store(line<T>(a.matrix + group_offset<T>(g, a.matrix_block), pixel),
+          load(static_cast<const float*>(taps + g * kGroup)));
+}
+
+template <class T>
+void image_patches(const ProducerArgs& a) {
+  const Window& w = a.window;
   for (int r = 0; r < a.rows; ++r) {
     const int row = a.first_row + r;
-    const int image = row / w.out_height;
     const int y0 = (row % w.out_height) * w.stride - w.pad_top;
-    for (int x = 0; x < w.out_width; ++x) {
-      const int x0 = x * w.stride - w.pad_left;
-      float taps[kMaxImageDepth];
-      for (int i = depth; i < padded * kGroup; ++i) taps[i] = 0.0f;
-      for (int ky = 0; ky < w.kernel; ++ky) {
-        const int y = y0 + ky * w.dilation;
-        float* out = taps + ky * run;
-        const float* in =
-            images + ((static_cast<std::int64_t>(image) * w.in_height + y) * w.in_width + x0) * a.channels;
-        const bool whole = w.dilation == 1 && x0 >= 0 && x0 + w.kernel <= w.in_width;
-        if (y < 0 || y >= w.in_height) {
-          for (int i = 0; i < run; ++i) out[i] = 0.0f;
-        } else if (whole) {
-          for (int i = 0; i < run; ++i) out[i] = in[i];
-        } else {
-          for (int kx = 0; kx < w.kernel; ++kx) {
-            const int column = x0 + kx * w.dilation;
-            const bool inside = column >= 0 && column < w.in_width;
-            for (int c = 0; c < a.channels; ++c)
-              out[kx * a.channels + c] = inside ? in[kx * w.dilation * a.channels + c] : 0.0f;
-          }
-        }
-      }
-      const int pixel = r * w.out_width + x;
-      for (int g = 0; g < padded; ++g)
-        store(line<T>(a.matrix + group_offset<T>(g, a.matrix_block), pixel),
-              load(static_cast<const float*>(taps + g * kGroup)));
-    }
+    for (int x = 0; x < w.out_width; ++x)
+      image_patch<T>(a, row / w.out_height, y0, x * w.stride - w.pad_left, r * w.out_width + x);
   }
 }
 

@@ -17,6 +17,12 @@ constexpr int panels_of(int channels) { return ceil_div(channels, kPanel); }
 // Blocks of lines whose distance is a multiple of a page would fight for the same cache sets.
 constexpr std::int64_t spread(std::int64_t bytes) { return bytes % 1024 == 0 ? bytes + kLineBytes : bytes; }
 
+// Images of this size that go through layers together, so that weights are worth loading: one of 299 x 299.
+constexpr int images_together(int height, int width) {
+  const std::int64_t pixels = static_cast<std::int64_t>(height) * width;
+  return pixels < 1 ? 90'000 : pixels > 90'000 ? 1 : static_cast<int>(90'000 / pixels);
+}
+
 struct Range {
   int begin, end;
 };

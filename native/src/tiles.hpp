@@ -1,4 +1,4 @@
-// AMX's eight tile registers: the instructions, or the same in plain code, so that what is written with them can be
+// AMX's eight tile registers: the instructions, or the same with AVX-512, so that what is written with them can be
 // tested on processors that have none. Tiles are 16 rows of 64 bytes, all of them, always.
 #pragma once
 
@@ -33,18 +33,32 @@ template <int T>
 inline void tile_store(void* p, std::int64_t stride) {
   for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(p) + r * stride, tiles[T].bytes[r], 64);
 }
+// The first and the second of 16 pairs.
+inline void widen_pairs(const bf16*, __m512i pairs, __m512* out) {
+  out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void widen_pairs(const f16*, __m512i pairs, __m512* out) {
+  out[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+  out[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+}
 template <class Half>
 inline void tile_dot_of(int c, int a, int b) {
-  float sums[16][16];
-  Half left[16][32], right[16][32];
-  __builtin_memcpy(sums, &tiles[c], sizeof(Tile));
-  __builtin_memcpy(left, &tiles[a], sizeof(Tile));
-  __builtin_memcpy(right, &tiles[b], sizeof(Tile));
-  for (int m = 0; m < 16; ++m)
+  const unsigned flags = _mm_getcsr();  // which the instructions leave alone
+  const Half* kind = nullptr;
+  __m512 right[16][2];
+  for (int k = 0; k < 16; ++k) widen_pairs(kind, _mm512_load_si512(tiles[b].bytes[k]), right[k]);
+  for (int m = 0; m < 16; ++m) {
+    __m512 left[2];
+    widen_pairs(kind, _mm512_load_si512(tiles[a].bytes[m]), left);
+    float factors[2][16];
+    for (int j = 0; j < 2; ++j) _mm512_storeu_ps(factors[j], left[j]);
+    __m512 sum = _mm512_load_ps(tiles[c].bytes[m]);
     for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < 16; ++n)
-        for (int j = 0; j < 2; ++j) sums[m][n] += widen(left[m][2 * k + j]) * widen(right[k][2 * n + j]);
-  __builtin_memcpy(&tiles[c], sums, sizeof(Tile));
+      for (int j = 0; j < 2; ++j) sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[j][k]), right[k][j], sum);
+    _mm512_store_ps(reinterpret_cast<float*>(tiles[c].bytes[m]), sum);
+  }
+  _mm_setcsr(flags);
 }
 template <int C, int A, int B>
 inline void tile_dot_bf16() {

@@ -51,7 +51,7 @@ struct PaddedAffine {
 
 const TrainKernels* train_kernels_for(const std::string& level, Type type, Type matrix) {
 #if defined(XCEPTION_HAS_X86_KERNELS)
-  if (level == "amx_emulated") return amx_emulated::train_kernels(type, matrix);
+  if (level == "amx_emulated" || level == "amx_half_emulated") return amx_emulated::train_kernels(type, matrix);
   if (level == "amx_bf16") return amx::train_kernels(type, matrix);
   if (matrix == Type::bf16) return avx512_bf16::train_kernels(type, matrix);
   if (level == "avx2") return avx2::train_kernels(type, matrix);
@@ -60,10 +60,16 @@ const TrainKernels* train_kernels_for(const std::string& level, Type type, Type 
   return level == "scalar" ? scalar::train_kernels(type, matrix) : nullptr;
 }
 
+// Maps are in the type itself, also where inference keeps them in half precision.
+const Kernels& product_kernels_for(const std::string& level, Type type) {
+  const Kernels* wide = wide_kernels_for(level, type);
+  return wide != nullptr ? *wide : kernels_for(level, type);
+}
+
 }  // namespace
 
 UnitTrainer::UnitTrainer(const std::string& level, Type type, int threads)
-    : level_(level), kernels_(&kernels_for(level, type)), train_(nullptr), type_(type), team_(threads) {
+    : level_(level), kernels_(&product_kernels_for(level, type)), train_(nullptr), type_(type), team_(threads) {
   train_ = train_kernels_for(level, type, kernels_->matrix_type);
   if (train_ == nullptr) throw std::invalid_argument("'" + level + "' has no kernels to train with in this type");
   if (threads < 1 || threads > 1024) throw std::invalid_argument("expected 1 to 1024 threads");

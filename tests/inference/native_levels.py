@@ -19,6 +19,8 @@ def kernel_levels() -> list[tuple[str, str]]:
             ("avx512_bf16", "bf16", "avx512_bf16"),
             ("amx_emulated", "bf16", "avx512"),
             ("amx_emulated", "fp16", "avx512"),
+            ("amx_half_emulated", "bf16", "avx512"),
+            ("amx_half_emulated", "fp16", "avx512"),
             ("amx_bf16", "bf16", "amx_bf16"),
             ("amx_fp16", "fp16", "amx_fp16"),
         )

@@ -131,7 +131,7 @@ def test_every_level(level: str, kind: str, case: str) -> None:
 
 
 # Plain code takes its time for them.
-QUICK_LEVELS = [pair for pair in LEVELS if pair[0] not in ("scalar", "amx_emulated")] or LEVELS[:1]
+QUICK_LEVELS = [pair for pair in LEVELS if pair[0] != "scalar"] or LEVELS[:1]
 
 
 @pytest.mark.parametrize(("level", "kind"), QUICK_LEVELS)
@@ -158,7 +158,7 @@ def test_large_maps(case: str, level: str, kind: str) -> None:
         close(results[-1], expected, kind)
     assert torch.equal(results[0], results[1])
     largest = 116 * 144 * 64 * (4 if kind == "fp32" else 2)  # one map of the first module
-    assert arenas[0] < 4 * largest
+    assert arenas[0] < (5 if level.startswith("amx") else 4) * largest  # on tiles there are two matrices
 
 
 def test_what_is_not_covered_runs_in_torch_and_says_so(without_openvino: None) -> None:

@@ -12,7 +12,13 @@ import nanobind
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/inference/test_kernels.py", "tests/inference/test_compiled.py", "tests/ops/test_steps.py")
+TESTS = (
+    "tests/inference/test_kernels.py",
+    "tests/inference/test_tiles.py",
+    "tests/inference/test_compiled.py",
+    "tests/ops/test_steps.py",
+    "tests/ops/test_units.py",
+)
 
 
 @pytest.mark.slow
