@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ class Net:
     def expected(self, x: Tensor) -> Tensor:
         """In float64, by plain PyTorch."""
         values = [x.double()]
-        acts = {"none": lambda v: v, "relu": F.relu, "elu": F.elu}
+        acts: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda v: v, "relu": F.relu, "elu": F.elu}
         for i, step in enumerate(self.steps):
             y = values[self.reads(i)]
             options = {"stride": step.stride, "dilation": step.dilation, "padding": step.amount}
