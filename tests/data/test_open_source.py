@@ -39,7 +39,9 @@ def test_words_for_built_in_sets_win_and_paths_are_paths(tmp_path: Path, monkeyp
 def test_unknown_words_get_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, hint: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    with pytest.raises(DataError, match=r"expected a folder of class folders, a \.csv file, 'digits'") as caught:
+    with pytest.raises(
+        DataError, match=r"expected a folder of class folders, a \.csv file, \.tar or \.parquet shards, 'digits'"
+    ) as caught:
         open_source(spec)
     assert hint in str(caught.value)
     assert str(caught.value).isprintable()

@@ -152,7 +152,9 @@ def test_line_numbers_count_lines_inside_quotes(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected a folder of class folders or a \.csv file"):
+    with pytest.raises(
+        DataError, match=r"expected a folder of class folders, a \.csv file, or \.tar or \.parquet shards"
+    ):
         open_source(table(tmp_path, PLAIN, "data.txt"))
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match="no class folders"):

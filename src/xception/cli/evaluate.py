@@ -22,7 +22,7 @@ class Evaluate:
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A bundle (.safetensors), a run folder, any public checkpoint (.keras, .h5, .pth, ...), or imagenet."""
     data: Annotated[Positional[str], arg(metavar="DATA")]
-    """Folder, CSV file, digits, fashion-mnist, or a torchvision data set's name."""
+    """Folder, CSV file, tar or Parquet shards, digits, fashion-mnist, fashion-composites, or a torchvision name."""
     part: Literal["auto", "train", "val", "test", "all"] = "auto"
     """auto: images that the model was not trained on, where that can be known."""
     report: str | None = None
@@ -41,6 +41,8 @@ class Evaluate:
     """Where a named data set lies."""
     download: FlagCreatePairsOff[bool] = False
     """Let torchvision download a named data set."""
+    blacklist: str | None = None
+    """Leave out the validation images of ImageNet that this file of the ILSVRC development kit lists."""
 
     def run(self) -> int:
         if self.batch_size < 1 or self.workers < 0:
@@ -74,11 +76,14 @@ class Evaluate:
                 device=self.device,
                 data_root=self.data_root,
                 download=self.download,
+                blacklist=self.blacklist,
                 progress=progress,
             )
         e = result.evaluation
         if result.note is not None:
             sys.stderr.write(f"xception: {printable(result.note)}\n")
+        if self.blacklist is not None:
+            sys.stderr.write(f"xception: {result.blacklisted:,} images are on the black list and left out\n")
         for bad in e.errors:
             sys.stderr.write(f"{printable(bad.key)}: error: {printable(bad.reason)}\n")
         if self.report is not None:
@@ -106,7 +111,10 @@ class Evaluate:
                 )
             for bad in e.errors:
                 json_line({"path": bad.key, "error": bad.reason})
-            json_line({"part": result.part, "images": e.count, "bad_images": len(e.errors), **_figures(e.to_dict())})
+            counts = {"part": result.part, "images": e.count, "bad_images": len(e.errors)}
+            if self.blacklist is not None:
+                counts["blacklisted_images"] = result.blacklisted
+            json_line({**counts, **_figures(e.to_dict())})
         else:
             self._print(e, result.part)
         return 1 if e.errors else 0
@@ -121,8 +129,11 @@ class Evaluate:
         rows.append(["calibration error", percent(e.calibration_error)])
         if e.auc is not None:
             rows.append(["AUC", f"{e.auc:.4f}"])
+        if e.map_at_100 is not None:
+            rows.append(["MAP@100", percent(e.map_at_100)])
         if e.mean_average_precision is not None:
             rows.append(["mean average precision", f"{e.mean_average_precision:.4f}"])
+        if e.micro_f1 is not None:
             rows.append(["micro F1", f"{e.micro_f1:.4f}"])
         print(table(["figure", "value"], rows))
         classes = sorted(e.per_class, key=lambda c: c.f1)[:SHOWN_CLASSES]

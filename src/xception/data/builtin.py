@@ -69,6 +69,18 @@ def open_fashion_mnist(*, spec: str, plan: SplitPlan, root: str | None, download
     Raises:
         DataError: No such files (says where it looked and what to install), or damaged ones.
     """
+    given = {
+        part: array_split(images[..., None], labels.tolist(), f"fashion-mnist/{part}")
+        for part, (images, labels) in fashion_arrays(root=root, download=download).items()
+    }
+    return build_source(spec, FASHION_CLASSES, given, plan=plan, channels=1)
+
+
+def fashion_arrays(*, root: str | None, download: bool) -> dict[str, tuple[Pixels, Pixels]]:
+    """The images (uint8 N 28 28) and class indices (uint8 N) of Fashion-MNIST's 'train' and 'test'.
+
+    Arguments and errors are those of `open_fashion_mnist`.
+    """
     places = list(_fashion_places(root))
     folder = next((place for place in places if _idx_path(place, "train-images-idx3-ubyte")), None)
     if folder is None and download:
@@ -87,8 +99,8 @@ def open_fashion_mnist(*, spec: str, plan: SplitPlan, root: str | None, download
             raise DataError(f"{printable(folder)}: {len(images)} {part} images, but {len(labels)} labels")
         if len(labels) and labels.max() >= len(FASHION_CLASSES):
             raise DataError(f"{printable(folder)}: {part} labels up to {labels.max()}, expected 0 to 9")
-        given[part] = array_split(images[..., None], labels.tolist(), f"fashion-mnist/{part}")
-    return build_source(spec, FASHION_CLASSES, given, plan=plan, channels=1)
+        given[part] = images, labels
+    return given
 
 
 def data_root(root: str | None) -> str:

@@ -129,13 +129,14 @@ def _walk(root: str, folder: str, visited: set[tuple[int, int]]) -> Iterator[str
     for entry in listed:
         if entry.name.startswith("."):
             continue
-        if _is_folder(entry):
+        if is_folder(entry):
             yield from _walk(root, f"{folder}/{entry.name}", visited)
         elif is_image_name(entry.name):
             yield f"{folder}/{entry.name}"  # broken links and pipes too: reported as bad, not passed over
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -149,5 +150,5 @@ def _list(path: str, root: str) -> tuple[list[str], bool]:
             listed = list(entries)
     except OSError as error:
         raise DataError(f"{printable(path)}: cannot be read: {error.strerror}") from error
-    folders = sorted(entry.name for entry in listed if not entry.name.startswith(".") and _is_folder(entry))
-    return folders, any(is_image_name(entry.name) for entry in listed if not _is_folder(entry))
+    folders = sorted(entry.name for entry in listed if not entry.name.startswith(".") and is_folder(entry))
+    return folders, any(is_image_name(entry.name) for entry in listed if not is_folder(entry))

@@ -109,7 +109,7 @@ class Loader:
         self.balanced = balanced
         self.drop_last = drop_last
         self.workers = workers
-        self._targets = _target_array(split, num_classes, multi_label)
+        self._targets = (_LabelSets if multi_label else _Labels)(split, num_classes)
         self._maker = _BatchMaker(split, preprocess, self.augment, seed)
         self._pool: WorkerPool[_Job, _Made] | None = None
 
@@ -170,7 +170,7 @@ class Loader:
     def _finish(self, epoch: int, made: _Made) -> Batch:
         indices = torch.from_numpy(made.indices)
         images = self.preprocess.normalize(torch.from_numpy(made.images))
-        targets = self._targets[indices]
+        targets = self._targets.of(indices)
         if self.augment.mixes:
             images, targets = mix_batch(
                 self.augment,
@@ -182,29 +182,59 @@ class Loader:
         return Batch(images, targets, indices, made.bad)
 
 
-def _target_array(split: Split, num_classes: int, multi_label: bool) -> torch.Tensor:
-    """int64 N, or float32 N K of zeros and ones."""
-    targets: Any = split.targets
-    if len(targets) != len(split):
-        raise DataError(f"expected a target for each of {len(split)} samples, got {len(targets)}")
+class _Labels:
+    """The class index of each sample."""
+
+    def __init__(self, split: Split, num_classes: int) -> None:
+        with _well_formed(split, "class indices"):
+            array = np.asarray(split.targets, np.int64).reshape(len(split))
+        _check_range(array, num_classes)
+        self._classes = torch.from_numpy(array)
+
+    def of(self, indices: torch.Tensor) -> torch.Tensor:
+        """int64 N."""
+        return self._classes[indices]
+
+
+class _LabelSets:
+    """The labels of each sample, one behind the other: as vectors of zeros and ones those of 14,000 images and 17,000
+    classes would take a gigabyte."""
+
+    def __init__(self, split: Split, num_classes: int) -> None:
+        sets: Any = split.targets
+        with _well_formed(split, "tuples of class indices"):
+            flat = np.fromiter((label for target in sets for label in target), np.int64)
+            lengths = np.fromiter((len(target) for target in sets), np.int64, len(sets))
+        _check_range(flat, num_classes)
+        self._flat = torch.from_numpy(flat)
+        self._lengths = torch.from_numpy(lengths)
+        self._starts = self._lengths.cumsum(0) - self._lengths
+        self._num_classes = num_classes
+
+    def of(self, indices: torch.Tensor) -> torch.Tensor:
+        """float32 N K of zeros and ones."""
+        lengths = self._lengths[indices]
+        rows = torch.arange(len(indices)).repeat_interleave(lengths)
+        within = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
+        vectors = torch.zeros(len(indices), self._num_classes)
+        vectors[rows, self._flat[self._starts[indices][rows] + within]] = 1
+        return vectors
+
+
+@contextmanager
+def _well_formed(split: Split, kind: str) -> Iterator[None]:
+    if len(split.targets) != len(split):
+        raise DataError(f"expected a target for each of {len(split)} samples, got {len(split.targets)}")
     try:
-        if not multi_label:
-            array = torch.from_numpy(np.asarray(targets, np.int64).reshape(len(targets)))
-            if not 0 <= int(array.min()) <= int(array.max()) < num_classes:
-                raise DataError(f"expected targets from 0 to {num_classes - 1}, got {array.min()} to {array.max()}")
-            return array
-        array = torch.zeros(len(targets), num_classes)
-        for row, target in enumerate(targets):
-            for label in target:
-                if not 0 <= label < num_classes:
-                    raise DataError(f"expected targets from 0 to {num_classes - 1}, got {label}")
-                array[row, label] = 1
-        return array
+        yield
     except (TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        kind = "tuples of class indices" if multi_label else "class indices"
         raise DataError(f"expected targets that are {kind}: {error}") from error
+
+
+def _check_range(labels: npt.NDArray[np.int64], num_classes: int) -> None:
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.size:
+        raise DataError(f"expected targets from 0 to {num_classes - 1}, got {wrong[0]}")
 
 
 class _Job(NamedTuple):

@@ -2,8 +2,10 @@
 
 A word is understood as follows, first match wins:
 
-1. `digits`, `fashion-mnist`: the built-in sets, always. (For a folder of that name write `./digits`.)
-2. An existing folder or file: a folder of class folders (`folder.py`), or a .csv table (`table.py`).
+1. `digits`, `fashion-mnist`, `fashion-composites` (and `fashion-composites:2000`, the first 2,000 of them): the
+   built-in sets, always. (For a folder of that name write `./digits`.)
+2. An existing folder or file: a folder of class folders (`folder.py`), a .csv table (`table.py`), a .tar
+   (`tar_shards.py`) or .parquet file (`parquet.py`), or a folder of those (`shards.py` says which folders are).
 3. `torchvision/NAME`, or NAME alone: one of torchvision's classification data sets, in any case
    (`torchvision_sets.py`).
 
@@ -17,8 +19,11 @@ import os
 
 from xception.data.builtin import open_digits, open_fashion_mnist
 from xception.data.check import check_images, clean_source
+from xception.data.composites import NAME as COMPOSITES
+from xception.data.composites import is_composites, open_composites
 from xception.data.folder import open_folder
 from xception.data.labels import printable
+from xception.data.shards import Shard, is_parquet_name, is_tar_name, shards_in, single_shard
 from xception.data.split import (
     ArraySplit,
     BadImage,
@@ -49,7 +54,7 @@ __all__ = [
     "without",
 ]
 
-BUILT_IN = ("digits", "fashion-mnist")
+BUILT_IN = ("digits", "fashion-mnist", COMPOSITES)
 
 
 def open_source(
@@ -65,9 +70,9 @@ def open_source(
     """Open a data set: its classes, its samples by part, no image decoded yet.
 
     Args:
-        spec: A folder, a .csv file, 'digits', 'fashion-mnist', or a torchvision name; a `Path` is always a path.
-        root: For named sets where their files are (by default $XCEPTION_DATA or ./data), for a table what its paths are
-            relative to. Not for folders and digits.
+        spec: A folder, a .csv, .tar or .parquet file, a built-in set, or a torchvision name; a `Path` is always a path.
+        root: For named sets where their files are (by default $XCEPTION_DATA or ./data), for a table or
+            Parquet what its paths are relative to. Not for folders, tars and digits.
         seed: Decides, with each sample's key, how missing parts are dealt.
         val_fraction: Share of the training samples, or of all, that becomes 'val' where the data has none; 0 for none.
         test_fraction: Share of all samples that becomes 'test' where the data brings no parts at all; 0 for none.
@@ -87,13 +92,25 @@ def open_source(
         return open_digits(spec=text, plan=plan)
     if named and text == "fashion-mnist":
         return open_fashion_mnist(spec=text, plan=plan, root=base, download=download)
+    if named and is_composites(text):
+        return open_composites(spec=text, plan=plan, root=base, download=download)
     if os.path.isdir(text):
+        found = shards_in(text)
+        if found is not None:
+            return _open_shards(*found, text, text, plan=plan, root=base)
         _no_root(text, base)
         return open_folder(text, spec=text, plan=plan)
     if os.path.exists(text):
         if os.path.isfile(text) and text.lower().endswith(".csv"):
             return open_table(text, spec=text, plan=plan, root=base)
-        raise DataError(f"{printable(text)}: expected a folder of class folders or a .csv file")
+        folder = os.path.dirname(text) or "."
+        if is_tar_name(text):
+            return _open_shards("tar", single_shard(text), folder, text, plan=plan, root=base)
+        if is_parquet_name(text):
+            return _open_shards("parquet", single_shard(text), folder, text, plan=plan, root=base)
+        raise DataError(
+            f"{printable(text)}: expected a folder of class folders, a .csv file, or .tar or .parquet shards"
+        )
     if named:
         from xception.data.torchvision_sets import open_torchvision, set_name
 
@@ -103,6 +120,19 @@ def open_source(
         if set_name(text) is not None:
             return open_torchvision(text, spec=text, plan=plan, root=base, download=download)
     raise DataError(_unknown(text))
+
+
+def _open_shards(
+    kind: str, shards: list[Shard], folder: str, spec: str, *, plan: SplitPlan, root: str | None
+) -> DataSource:
+    if kind == "parquet":
+        from xception.data.parquet import open_parquet
+
+        return open_parquet(shards, folder, spec=spec, plan=plan, root=root)
+    from xception.data.tar_shards import open_tar_shards
+
+    _no_root(spec, root)
+    return open_tar_shards(shards, folder, spec=spec, plan=plan)
 
 
 def _no_root(text: str, root: str | None) -> None:
@@ -119,8 +149,8 @@ def _unknown(text: str) -> str:
     close += [choices[name] for name in difflib.get_close_matches(text.lower(), choices, n=2)]
     hint = f" (did you mean {' or '.join(printable(name) for name in close)}?)" if close else ""
     return (
-        f"no data at {printable(text)!r}{hint}: expected a folder of class folders, a .csv file, 'digits', "
-        "'fashion-mnist', or a torchvision data set such as 'cifar10'"
+        f"no data at {printable(text)!r}{hint}: expected a folder of class folders, a .csv file, .tar or "
+        ".parquet shards, 'digits', 'fashion-mnist', 'fashion-composites', or a torchvision data set such as 'cifar10'"
     )
 
 

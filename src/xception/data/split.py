@@ -200,6 +200,8 @@ class DataSource:
     """For each part 'given' where the data came with it, 'split' where we dealt it."""
     fingerprint: str
     """SHA-256 over class names and each sample's part, key and labels."""
+    importance: tuple[float, ...] | None = None
+    """What each class weighs in MAP@100, 0 or more, where the data says so; it has no part in the fingerprint."""
     given: Mapping[str, Split] = field(default_factory=dict, repr=False, compare=False)
     """The parts as the data came, before anything was dealt; 'all' where it has no parts."""
     plan: SplitPlan = field(default_factory=SplitPlan)
@@ -220,6 +222,7 @@ def build_source(
     plan: SplitPlan,
     multi_label: bool = False,
     channels: int = 3,
+    importance: Sequence[float] | None = None,
 ) -> DataSource:
     """Deal the parts that are missing and put a `DataSource` together.
 
@@ -267,6 +270,7 @@ def build_source(
         splits=splits,
         split_origin={part: origin[part] for part in splits},
         fingerprint=fingerprint({p: (s.keys, s.targets) for p, s in splits.items()}, class_names),
+        importance=None if importance is None else tuple(importance),
         given=dict(given),
         plan=plan,
     )
@@ -304,4 +308,5 @@ def drop_samples(source: DataSource, keys: Collection[str]) -> DataSource:
         plan=plan,
         multi_label=source.multi_label,
         channels=source.channels,
+        importance=source.importance,
     )

@@ -9,7 +9,8 @@ and a label column (`label`, `labels`, `class`, `target`, ...); others in it are
 header the columns are path, label and optionally split. The data is multi-label when any label holds a ';' or the label
 column is called `labels`; only there may a row have no label. Paths are relative to the table's folder. The text is
 UTF-8, with or without byte order mark; bytes that are not UTF-8 stay as they are, so that every file name can be
-written. Rows are sorted by path, so their order does not matter; a repeated row counts once.
+written. Rows are sorted by path, so their order does not matter; a repeated row counts once. Weights of the classes of
+a multi-label table may stand beside it (`importance.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import cast
 
 from xception.data.containers import IMAGE_SUFFIXES
 from xception.data.folder import PART_NAMES
+from xception.data.importance import importance_beside
 from xception.data.labels import Targets, name_classes, printable
 from xception.data.split import DataSource, FileSplit, Split, SplitPlan, build_source
 from xception.errors import DataError
 
-_PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath")
-_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category")
-_SPLIT_COLUMNS = ("split", "part", "subset")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category")
+SPLIT_COLUMNS = ("split", "part", "subset")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def open_table(path: str, *, spec: str, plan: SplitPlan, root: str | None = None
     for part, entries in by_part.items():
         targets = tuple(target if multi_label else target[0] for _, target in entries)
         given[part] = FileSplit(folder, tuple(key for key, _ in entries), cast(Targets, targets))
-    return build_source(spec, names, given, plan=plan, multi_label=multi_label)
+    importance = importance_beside(os.path.dirname(path) or ".", names) if multi_label else None
+    return build_source(spec, names, given, plan=plan, multi_label=multi_label, importance=importance)
 
 
 def _error(path: str, line: int, message: str) -> DataError:
@@ -122,7 +125,7 @@ def _check_no_header(path: str, rows: list[_Row]) -> None:
             path,
             rows[0].line,
             f"looks like a header, but {printable(rows[0].path)},{printable(rows[0].label)} names no path and label "
-            f"column; expected {', '.join(_PATH_COLUMNS)} and {', '.join(_LABEL_COLUMNS)}",
+            f"column; expected {', '.join(PATH_COLUMNS)} and {', '.join(LABEL_COLUMNS)}",
         )
 
 
@@ -152,8 +155,8 @@ def _header(cells: list[str]) -> _Columns | None:
     def find(choices: tuple[str, ...]) -> int | None:
         return next((names.index(choice) for choice in choices if choice in names), None)
 
-    path, label = find(_PATH_COLUMNS), find(_LABEL_COLUMNS)
-    return None if path is None or label is None else _Columns(path, label, find(_SPLIT_COLUMNS))
+    path, label = find(PATH_COLUMNS), find(LABEL_COLUMNS)
+    return None if path is None or label is None else _Columns(path, label, find(SPLIT_COLUMNS))
 
 
 def _row(path: str, line: int, cells: list[str], columns: _Columns, width: int) -> _Row:

@@ -1,7 +1,8 @@
 """Figures gathered batch by batch: memory depends on the number of classes, not on the number of samples.
 
 The two exceptions cannot be had otherwise: the exact AUC of two classes keeps one number a sample, and the
-average precision of multi-label data keeps all scores (5 bytes a sample and label).
+average precision of each class of multi-label data keeps all scores (5 bytes a sample and label), as long as there are
+no more than `MAX_KEPT_SCORES` of them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from torch import Tensor
 from xception.data.loader import BadImage
 from xception.errors import ConfigError, DataError
 from xception.evaluation.figures import CalibrationBin, ClassFigures, Evaluation, Mistake
+from xception.evaluation.map_at_k import MeanAveragePrecision
 from xception.evaluation.ranking import area_under_curve, average_precision, best_classes, target_ranks
 
 NUM_BINS = 15
 MAX_CONFUSION_CLASSES = 2048
+MAX_KEPT_SCORES = 1 << 26
 
 
 class Accumulator(ABC):
@@ -191,9 +194,13 @@ class SingleLabel(Accumulator):
 class MultiLabel(Accumulator):
     """Any number of labels a sample: targets are 0 or 1, N K; scores become probabilities by sigmoid."""
 
-    def __init__(self, class_names: Sequence[str]) -> None:
+    def __init__(self, class_names: Sequence[str], *, importance: Sequence[float] | None = None) -> None:
+        """`importance`: what each class weighs in MAP@100; None weighs all alike."""
         super().__init__(class_names)
-        self._scores: list[NDArray[np.float32]] = []
+        if importance is not None and len(importance) != len(self.class_names):
+            raise ConfigError(f"expected {len(self.class_names)} class weights, got {len(importance)}")
+        self._map = MeanAveragePrecision(importance, k=100)
+        self._scores: list[NDArray[np.float32]] | None = []
         self._targets: list[NDArray[np.bool_]] = []
 
     def _check_targets(self, targets: Tensor, count: int) -> None:
@@ -221,22 +228,27 @@ class MultiLabel(Accumulator):
         self._predicted += decided.sum(dim=0).numpy()
         self._true += (positive & decided).sum(dim=0).numpy()
         self._calibration.add(scores.sigmoid().flatten().numpy(), positive.flatten().numpy())
-        self._scores.append(scores.float().numpy())
-        self._targets.append(positive.numpy())
+        self._map.add(scores, positive)
+        if self.count * num_classes > MAX_KEPT_SCORES:
+            self._scores, self._targets = None, []
+        elif self._scores is not None:
+            self._scores.append(scores.float().numpy())
+            self._targets.append(positive.numpy())
 
     def _per_class(self) -> tuple[ClassFigures, ...]:
-        # One array each from here on, so that a class is a column.
-        self._scores, self._targets = [np.concatenate(self._scores)], [np.concatenate(self._targets)]
+        if self._scores is not None:  # one array each from here on, so that a class is a column
+            self._scores, self._targets = [np.concatenate(self._scores)], [np.concatenate(self._targets)]
         return super()._per_class()
 
     def _average_precision(self, k: int) -> float | None:
-        return average_precision(self._scores[0][:, k], self._targets[0][:, k])
+        return None if self._scores is None else average_precision(self._scores[0][:, k], self._targets[0][:, k])
 
     def _special(self, per_class: tuple[ClassFigures, ...]) -> dict[str, Any]:
         known = [c.average_precision for c in per_class if c.average_precision is not None]
         decisions = self._predicted.sum() + self._support.sum()
         return {
             "multi_label": True,
+            "map_at_100": self._map.result(),
             "mean_average_precision": _mean(known) if known else None,
             "micro_f1": float(2 * self._true.sum() / decisions) if decisions else 0.0,
         }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from xception.data.blacklist import read_blacklist, without_blacklisted
 from xception.data.loader import Loader
 from xception.data.relabel import as_label_sets, with_labels_of
 from xception.data.sources import BadImage, DataSource, Split, all_samples, drop_samples, open_source
@@ -32,6 +33,8 @@ class EvaluatedModel:
     split: Split
     note: str | None
     """What a person should know about the choice of images."""
+    blacklisted: int = 0
+    """Images of the part that were left out because they are on the black list."""
 
 
 def evaluate(
@@ -45,14 +48,18 @@ def evaluate(
     device: str | None = None,
     data_root: str | os.PathLike[str] | None = None,
     download: bool = False,
+    blacklist: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluatedModel:
     """Evaluate a bundle or run folder on `data`, with the preprocessing that is stored with the weights.
 
     `part` "auto" never takes images that the model was trained on where it can know: the test part of the very
     data it was trained on (split again as it was then), else the data's own test part, else its validation part,
-    else everything. Raises `WeightsError`, `DataError` or `ConfigError` with one line for what cannot be used.
+    else everything. `blacklist` is ILSVRC's list of validation images to leave out, as the paper does.
+
+    Raises `WeightsError`, `DataError` or `ConfigError` with one line for what cannot be used.
     """
+    listed = None if blacklist is None else read_blacklist(blacklist)
     network, info = load_model(model)
     trained_on = TrainingData.of(info)
     source = open_source(
@@ -68,6 +75,9 @@ def evaluate(
     left_out = trained_on.bad if same_data else {}
     source = drop_samples(source, list(left_out))
     chosen, split = choose_part(source, part, same_data=same_data)
+    blacklisted = 0
+    if listed is not None:
+        split, blacklisted = without_blacklisted(split, listed)
     note = None
     if chosen == "all" and part == "auto" and source.spec == trained_on.spec:
         note = f"{source.spec} has changed since the model was trained on it: all of it is taken, training images too"
@@ -90,6 +100,7 @@ def evaluate(
             loader,
             class_names=info.class_names,
             multi_label=info.multi_label,
+            importance=_importance(source, info.class_names),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             precision=precision,
             progress=progress,
@@ -99,7 +110,17 @@ def evaluate(
     # Images that training could not read were dealt to no part; here each is an error, as any other bad image.
     unread = tuple(BadImage(key, why) for key, why in left_out.items())
     evaluation = replace(evaluation, errors=evaluation.errors + unread)
-    return EvaluatedModel(evaluation=evaluation, info=info, source=source, part=chosen, split=split, note=note)
+    return EvaluatedModel(
+        evaluation=evaluation, info=info, source=source, part=chosen, split=split, note=note, blacklisted=blacklisted
+    )
+
+
+def _importance(source: DataSource, class_names: Sequence[str]) -> list[float] | None:
+    """The data's class weights in the model's order; a class that the data lacks is no label there and needs none."""
+    if source.importance is None:
+        return None
+    known = dict(zip(source.class_names, source.importance, strict=True))
+    return [known.get(name, 0.0) for name in class_names]
 
 
 @dataclass(frozen=True, kw_only=True)

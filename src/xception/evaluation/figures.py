@@ -14,7 +14,7 @@ class ClassFigures:
     """One class. A quotient without cases (no prediction, no sample) is 0.0, as scikit-learn's default is.
 
     `support` is the number of samples of the class. `average_precision` is for multi-label data only, None
-    where the class has no positive.
+    where the class has no positive or there are too many scores to keep.
     """
 
     name: str
@@ -63,8 +63,10 @@ class Evaluation:
     - `auc`: for two classes, the area under the ROC curve of the second against the first; None otherwise, and
       where one of them has no sample.
     - `confusion`: rows are targets, columns predictions; None for multi-label data and above 2,048 classes.
-    - `mean_average_precision` (over the classes that have a positive) and `micro_f1` (at a score of 0.5):
-      multi-label data only.
+    - `map_at_100`: mean average precision of each image's 100 best guesses, each class weighing what the data says
+      (`map_at_k` has the definition); None where no image has a label that weighs anything. Multi-label data only.
+    - `mean_average_precision` (the other way about: over the classes that have a positive, each over all images; None
+      where there are more than 2^26 scores) and `micro_f1` (at a score of 0.5): multi-label data only.
     - `errors`: samples that could not be read or scored; `non_finite` of them got NaN or infinite scores. They
       are in no other figure.
     - `mistakes`: the wrong predictions with the highest confidence.
@@ -84,6 +86,7 @@ class Evaluation:
     calibration: tuple[CalibrationBin, ...]
     auc: float | None = None
     confusion: tuple[tuple[int, ...], ...] | None = None
+    map_at_100: float | None = None
     mean_average_precision: float | None = None
     micro_f1: float | None = None
     non_finite: int = 0

@@ -11,7 +11,7 @@ from torch import nn
 
 from xception.data.loader import Batch
 from xception.errors import ConfigError
-from xception.evaluation.accumulate import MultiLabel, SingleLabel
+from xception.evaluation.accumulate import Accumulator, MultiLabel, SingleLabel
 from xception.evaluation.device import usable_device
 from xception.evaluation.figures import CalibrationBin, ClassFigures, Evaluation, Mistake
 
@@ -35,6 +35,7 @@ def evaluate_model(
     *,
     class_names: Sequence[str],
     multi_label: bool = False,
+    importance: Sequence[float] | None = None,
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
     max_mistakes: int = 24,
@@ -43,7 +44,8 @@ def evaluate_model(
     """Run `model` over one epoch of `loader` and return its figures.
 
     The model is moved to `device` (None: left where it is), put in eval mode, and every module gets its own
-    training flag back afterwards, also after an error. `precision` other than fp32 runs it under autocast.
+    training flag back afterwards, also after an error. `importance` is what each class weighs in MAP@100 (multi-label
+    data only; None weighs all alike). `precision` other than fp32 runs it under autocast.
     `progress` is called with (batches done, batches in all). Images that could not be read, and samples with
     NaN or infinite scores, are in `Evaluation.errors`. Raises `DataError` where no sample could be scored, and
     `ConfigError` for a device that is not there, or where scores and `class_names` differ in number.
@@ -53,7 +55,11 @@ def evaluate_model(
     if device is not None:
         model.to(usable_device(device))
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device=device))
-    figures = MultiLabel(class_names) if multi_label else SingleLabel(class_names, max_mistakes=max_mistakes)
+    figures: Accumulator
+    if multi_label:
+        figures = MultiLabel(class_names, importance=importance)
+    else:
+        figures = SingleLabel(class_names, max_mistakes=max_mistakes)
     keys: Sequence[str] = getattr(getattr(loader, "split", None), "keys", ())
     autocast = torch.autocast(like.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
     with torch.inference_mode(), _eval_mode(model), autocast:

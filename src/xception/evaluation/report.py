@@ -78,8 +78,8 @@ def write_report(
     """Write the page to `path` in one step.
 
     `history` holds the records of ``metrics.jsonl`` (of those with an ``epoch``: train_loss, val_loss, val_top1,
-    learning_rate, images_per_second, each optional); `class_names` are shown where there is no evaluation;
-    `notes` are sentences under the title; `examples` are shown as mistakes. Every text may be hostile.
+    val_map_at_100, learning_rate, images_per_second, each optional); `class_names` are shown where there is no
+    evaluation; `notes` are sentences under the title; `examples` are shown as mistakes. Every text may be hostile.
     Raises `WeightsError` where the file cannot be written.
     """
     page = render_report(
@@ -149,6 +149,10 @@ def _header(title: str, evaluation: Evaluation | None, class_names: Sequence[str
 def _key_figures(e: Evaluation) -> str:
     labelled = "has a true label at the top" if e.multi_label else "the right class comes first"
     figures = []
+    if e.map_at_100 is not None:
+        figures.append(
+            ("MAP@100", percent(e.map_at_100), "each image's 100 best guesses, classes weighted by the data")
+        )
     if e.mean_average_precision is not None:
         figures.append(("mean AP", percent(e.mean_average_precision), "mean average precision over classes"))
     figures.append(("top-1", percent(e.top1), labelled))
@@ -181,10 +185,12 @@ def _training(history: Sequence[Mapping[str, Any]]) -> str:
 
     loss = series(training="train_loss", validation="val_loss")
     top1 = series(validation="val_top1")
+    map_at_100 = series(validation="val_map_at_100")
     rate = series(rate="learning_rate")
     drawn = [
         plots.curves(epochs, loss, title="Loss") if loss else "",
         plots.curves(epochs, top1, title="Validation top-1", percent=True) if top1 else "",
+        plots.curves(epochs, map_at_100, title="Validation MAP@100", percent=True) if map_at_100 else "",
         plots.curves(epochs, rate, title="Learning rate", logarithmic=_spans_decades(rate)) if rate else "",
     ]
     if not any(drawn):

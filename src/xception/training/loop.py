@@ -268,7 +268,8 @@ class Run:
             with contextlib.closing(plan.evaluation_loader(plan.test)) as loader:
                 test = self._evaluate(network, loader, "test")
         if test is not None:
-            self.reporter.say(f"test: loss {test.loss:.4f}, top-1 {test.top1:.4f}, top-5 {test.top5:.4f}")
+            said = f"test: loss {test.loss:.4f}, top-1 {test.top1:.4f}, top-5 {test.top5:.4f}"
+            self.reporter.say(said if test.map_at_100 is None else f"{said}, MAP@100 {test.map_at_100:.4f}")
         bundle = write_outputs(plan, self.out, network, self.metrics.records, state.progress, val=self.val, test=test)
         if not state.progress.finished:
             state.progress.finished = True

@@ -6,6 +6,7 @@ curves and a checkpoint tell how fast it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,8 @@ class TrainResult:
             "seconds": round(self.seconds, 3),
         }
         for part, evaluation in (("val", self.val), ("test", self.test)):
-            for name in ("loss", "top1", "top5"):
+            several = evaluation is not None and evaluation.multi_label
+            for name in ("loss", "top1", "top5", *(["map_at_100"] if several else [])):
                 figures[f"{part}_{name}"] = None if evaluation is None else getattr(evaluation, name)
         return figures
 
@@ -68,6 +70,9 @@ def describe_run(plan: Plan) -> dict[str, Any]:
         "fingerprint of the readable data": plan.source.fingerprint[:16],
         "weights": plan.weights,
     }
+    if plan.source.importance is not None:  # decides which epoch is the best
+        digest = hashlib.sha256(json.dumps(plan.source.importance).encode()).hexdigest()
+        run["class weights of the data"] = digest[:16]
     as_json: dict[str, Any] = json.loads(json.dumps(run))
     return as_json
 
@@ -129,6 +134,7 @@ def epoch_record(progress: Progress, val: Evaluation | None, images_per_second: 
         "val_loss": None if val is None else val.loss,
         "val_top1": None if val is None else val.top1,
         "val_top5": None if val is None else val.top5,
+        **({"val_map_at_100": val.map_at_100} if val is not None and val.multi_label else {}),
         "skipped_steps": progress.skipped,
         "bad_images": len(progress.bad),
         "images_per_second": round(images_per_second, 1),
@@ -136,9 +142,10 @@ def epoch_record(progress: Progress, val: Evaluation | None, images_per_second: 
 
 
 def epoch_value(record: Mapping[str, Any]) -> float | None:
-    """What the best epoch has most of: validation top-1, or without validation the least training loss."""
-    if record["val_top1"] is not None:
-        return float(record["val_top1"])
+    """What the best epoch has most of: validation top-1 (MAP@100 of several labels), or minus the training loss."""
+    name = "val_top1" if record.get("val_map_at_100") is None else "val_map_at_100"
+    if record[name] is not None:
+        return float(record[name])
     return None if record["train_loss"] is None else -float(record["train_loss"])
 
 
@@ -149,6 +156,8 @@ def epoch_line(record: Mapping[str, Any], epochs: int, *, best: bool) -> str:
     line += "no step was possible" if loss is None else f"train loss {loss:.4f}"
     if record["val_loss"] is not None:
         line += f", validation loss {record['val_loss']:.4f}, top-1 {record['val_top1']:.4f}"
+    if record.get("val_map_at_100") is not None:
+        line += f", MAP@100 {record['val_map_at_100']:.4f}"
     return f"{line}, {record['images_per_second']:,.0f} images/s" + (" (best so far)" if best else "")
 
 
@@ -181,6 +190,8 @@ def write_outputs(
     figures: dict[str, Any] = dict(history[-1]) if history else {}
     if test is not None:
         figures |= {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
+        if test.multi_label:
+            figures["test_map_at_100"] = test.map_at_100
     bundle = write_bundle(plan, model, out / BUNDLE_NAME, figures)
     best = "" if progress.best_epoch is None else f"; {BEST_NAME} holds those of epoch {progress.best_epoch}"
     notes = [f"Weights of the last epoch{best}."]

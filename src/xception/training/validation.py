@@ -45,6 +45,7 @@ def evaluate_part(
             loader,
             class_names=plan.class_names,
             multi_label=plan.multi_label,
+            importance=plan.source.importance,
             device=plan.device,
             precision=plan.recipe.precision,
             progress=advance,
