@@ -1,6 +1,6 @@
 """Networks of one cost: by how much to multiply the widths so that parameters, or multiply-adds, are as many as asked.
 
-Widths are whole numbers, so that a budget is met nearly; `fit` says by how much it is missed, and refuses more than 2 %.
+Widths are whole numbers, so that a budget is met nearly: within 2 %, or nothing is built.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from xception.models.cost import count_parameters, stage_costs
 Cost = Literal["parameters", "multiply_adds"]
 Options = Mapping[str, Any]
 TOLERANCE = 0.02
+SMOKE_TOLERANCE = 0.15
+"""Of networks so tiny that a channel more is a tenth of them; their figures are no evidence anyway."""
 _STEPS = 60  # of the search around the crossing
+_FINE = 12  # channels more or less
+_Point = tuple[float, int]
 
 
 def cost_of(model: str, options: Options, cost: Cost) -> int:
@@ -25,16 +29,26 @@ def cost_of(model: str, options: Options, cost: Cost) -> int:
     return _cost(model, registry.get_config(model, **options), cost)
 
 
-def fit(model: str, options_at: Callable[[float], Options], *, cost: Cost, budget: float) -> dict[str, Any]:
+def fit(
+    model: str,
+    options_at: Callable[[float], Options],
+    *,
+    cost: Cost,
+    budget: float,
+    tolerance: float = TOLERANCE,
+    finer: Callable[[Options, int], Options] | None = None,
+) -> dict[str, Any]:
     """The options at that width for which the network's cost is nearest to `budget`.
 
-    `options_at` gives the options at a multiple of the widths; more must cost more. Raises `ConfigError` where no
-    multiple from 1/64 to 64 comes within 2 % of the budget.
+    `options_at` gives the options at a multiple of the widths; more must cost more. `finer` adds so many channels (or
+    takes them away) where one more costs little, to come nearer than a multiple of all widths can. Raises
+    `ConfigError` where no multiple from 1/64 to 64 comes within `tolerance` of the budget.
     """
 
-    def cost_at(multiple: float) -> int | None:
+    def cost_at(multiple: float, channels: int = 0) -> int | None:
         try:
-            return cost_of(model, options_at(multiple), cost)
+            options = options_at(multiple)
+            return cost_of(model, finer(options, channels) if finer and channels else options, cost)
         except ConfigError:  # too narrow to be built, such as fewer channels than segments
             return None
 
@@ -43,13 +57,24 @@ def fit(model: str, options_at: Callable[[float], Options], *, cost: Cost, budge
         middle = math.sqrt(low * high)
         found = cost_at(middle)
         low, high = (middle, high) if found is None or found < budget else (low, middle)
-    tried = {multiple: cost_at(multiple) for multiple in _around(math.sqrt(low * high))}
-    costs = {multiple: found for multiple, found in tried.items() if found is not None}
-    best = min(costs, key=lambda multiple: abs(costs[multiple] - budget), default=None)
-    if best is None or abs(costs[best] / budget - 1) > TOLERANCE:
+    tried = {(multiple, 0): cost_at(multiple) for multiple in _around(math.sqrt(low * high))}
+    best = _nearest(tried, budget)
+    if best is not None and finer is not None:
+        tried |= {(best[0], channels): cost_at(best[0], channels) for channels in range(-_FINE, _FINE + 1)}
+        best = _nearest(tried, budget)
+    costs = {point: found for point, found in tried.items() if found is not None}
+    if best is None or abs(costs[best] / budget - 1) > tolerance:
         near = "" if best is None else f"; the nearest has {costs[best]:,}"
         raise ConfigError(f"no width of {model} has about {budget:,.0f} {cost.replace('_', '-')}{near}")
-    return dict(options_at(best))
+    multiple, channels = best
+    options = options_at(multiple)
+    return dict(finer(options, channels) if finer and channels else options)
+
+
+def _nearest(tried: Mapping[_Point, int | None], budget: float) -> _Point | None:
+    """Where the cost is nearest to the budget; of equals the one with fewest channels added or taken away."""
+    costs = {point: found for point, found in tried.items() if found is not None}
+    return min(costs, key=lambda point: (abs(costs[point] - budget), abs(point[1])), default=None)
 
 
 def widths(values: Sequence[int], multiple: float) -> tuple[int, ...]:

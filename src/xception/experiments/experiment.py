@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,8 +75,8 @@ class Experiment:
     """A table or figure of the paper that is reproduced by training.
 
     `paper` is the paper's own figures, as rows of text under `paper_head`. `figure` is what networks are compared by:
-    "top1", or "map_at_100" for several labels an image. `arms` and `contrasts` depend on the scale; with published
-    weights `published` gives the arms.
+    "top1", or "map_at_100" for several labels an image. `arms` depend on the scale and the task, `contrasts` on the
+    scale and the arms' names; with published weights `published` gives the arms.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Experiment:
     figure: Literal["top1", "map_at_100"] = "top1"
     scales: Mapping[ScaleName, Scale]
     arms: Callable[[ScaleName, Task], tuple[Arm, ...]]
-    contrasts: Callable[[ScaleName], tuple[Contrast, ...]]
+    contrasts: Callable[[ScaleName, Sequence[str]], tuple[Contrast, ...]]
     published: Callable[[], tuple[Arm, ...]] | None = None
     axis: Callable[[ScaleName, Task], Axis | None] = lambda scale, task: None
     """Arms that are points of lines, for a drawing."""

@@ -1,7 +1,7 @@
 """Whether a claim held: contrasts between arms with confidence intervals by drawing images and seeds again.
 
-An interval is the middle 95 % of 2,000 bootstrap replicates. Each draws the images of the evaluation again, the same ones
-for every arm and (where they were evaluated on the same images) for every seed, since what is compared is the
+An interval is the middle 95 % of 2,000 bootstrap replicates. Each draws the images of the evaluation again, the same
+ones for every arm and (where they were evaluated on the same images) for every seed, since what is compared is the
 difference on an image; and draws the seeds again, the same ones for every arm. Few seeds, drawn with replacement, vary
 by less than seeds do, by (n - 1) / n: the deviations from the mean over seeds are widened by the root of n / (n - 1).
 With a single seed nothing can be said about other seeds, and a contrast is open.
@@ -69,7 +69,8 @@ def interval(arms: Sequence[tuple[float, Sample]], *, seed: int = 0) -> tuple[fl
         for number in range(count):
             images = len(arms[0][1].per_seed[number].gained)
             if drawn is None or not same_images:
-                drawn = rng.multinomial(images, np.full(images, 1 / images), size=_BLOCK).astype(np.float64)
+                again = (np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(_BLOCK))
+                drawn = np.stack(list(again)).astype(np.float64)
             for weight, sample in arms:
                 figure = sample.per_seed[number]
                 possible = drawn @ figure.possible

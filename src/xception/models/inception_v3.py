@@ -13,7 +13,6 @@ from typing import Literal
 from torch import nn
 
 from xception.errors import ConfigError
-
 from xception.models.entry import ModelEntry
 from xception.models.fields import MAX_WIDTH, check_range, check_widths
 from xception.models.inception_layers import (

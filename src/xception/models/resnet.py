@@ -46,7 +46,9 @@ class ResNetConfig(HeadConfig):
         check_widths("widths", self.widths)
         check_range("the number of widths", len(self.widths), 1, 8)
         if len(self.blocks) != len(self.widths):
-            raise ConfigError(f"blocks must be one number for each of {len(self.widths)} widths; got {len(self.blocks)}")
+            raise ConfigError(
+                f"blocks must be one number for each of {len(self.widths)} widths; got {len(self.blocks)}"
+            )
         for count in self.blocks:
             check_range("each of blocks", count, 1, MAX_MODULES)
         check_common(self.in_channels, self.input_size)
@@ -69,9 +71,7 @@ class Bottleneck(nn.Module):
         self.expand = ConvNorm(width, out_channels, 1, norm_eps=EPS, activation_name="none")
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = ConvNorm(
-                in_channels, out_channels, 1, stride=stride, norm_eps=EPS, activation_name="none"
-            )
+            self.shortcut = ConvNorm(in_channels, out_channels, 1, stride=stride, norm_eps=EPS, activation_name="none")
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.expand(self.conv(self.reduce(x))) + self.shortcut(x))

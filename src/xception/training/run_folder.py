@@ -55,9 +55,7 @@ def require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], out: Pat
         raise ConfigError(f"cannot resume {shown(out)}: {'; '.join(different)}")
 
 
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, str, str]]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Name, former and present value of every setting that is not the same, in nested descriptions too."""
     for name in sorted(before.keys() | now.keys()):
         was, now_is = before.get(name), now.get(name)
