@@ -13,7 +13,7 @@ from xception.training.allocator import keep_freed_memory
 from xception.training.interrupt import StopRequest
 
 if TYPE_CHECKING:
-    from xception.experiments.reproduce import Outcome
+    from xception.experiments.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ class Train:
     model: str | None = None
     """Network (see xception models); by default the weights' or the recipe's own."""
     recipe: str = "small"
-    """Recipe: imagenet, jft, finetune, head, small, or a .json file (a run folder's recipe.json); the settings below are
-    its own values. With --weights the default is finetune."""
+    """Recipe: imagenet, jft, finetune, head, small, or a .json file (a run folder's recipe.json); the settings below
+    are its own values. With --weights the default is finetune."""
     weights: str | None = None
     """Start from these weights: a bundle, a run folder, any public checkpoint (.keras, .h5, .pth, ...), or imagenet."""
     trunk_only: FlagCreatePairsOff[bool] = False

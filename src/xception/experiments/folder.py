@@ -19,10 +19,22 @@ def held_folder(folder: Path) -> Iterator[None]:
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise ConfigError(f"cannot make the folder {shown(folder)}: {reason(error)}") from error
-    with lock:
+    with lock, _no_empty_folder(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"another process is at work in {shown(folder)}") from None
         remove_leftovers(folder)  # of writers that were killed
         yield
+
+
+@contextlib.contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """Where nothing was written, because it could not begin, nothing is left behind."""
+    try:
+        yield
+    finally:
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            with contextlib.suppress(OSError):
+                (folder / ".lock").unlink()
+                folder.rmdir()

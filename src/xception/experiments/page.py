@@ -15,7 +15,7 @@ from xception.experiments.results import Line, Results
 from xception.weights.files import atomic_write
 
 if TYPE_CHECKING:
-    from xception.experiments.reproduce import Outcome
+    from xception.experiments.outcome import Outcome
     from xception.experiments.table3 import Rates
 
 FIGURES = {"top1": "top-1", "top5": "top-5", "map_at_100": "MAP@100"}

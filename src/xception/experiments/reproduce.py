@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from xception.data.labels import printable
 from xception.data.sources import open_source
 from xception.errors import ConfigError
-from xception.experiments.catalog import EXPERIMENTS, find_experiment
+from xception.experiments.catalog import find_experiment
 from xception.experiments.experiment import SCALES, Arm, Experiment, Scale, ScaleName, Task
 from xception.experiments.folder import held_folder
-from xception.experiments.judge import Judged, judge, overall
+from xception.experiments.outcome import Outcome, outcome_of, rates_outcome
 from xception.experiments.results import Results, changed
 from xception.experiments.table3 import Rates, measure_rates
 from xception.experiments.trial import Place, run_published, run_trial, setting_of
@@ -29,37 +27,6 @@ from xception.weights.files import shown
 
 Say = Callable[[str], None]
 FIRST_SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What an experiment found. `arms` are summaries, as ``--json`` prints them."""
-
-    experiment: str
-    scale: str
-    claim: str
-    held: bool | None
-    why: str
-    arms: tuple[Mapping[str, Any], ...]
-    contrasts: tuple[Judged, ...]
-    remark: str
-    folder: Path
-    report: Path
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "claim": self.claim,
-            "held": self.held,
-            "arms": [dict(arm) for arm in self.arms],
-            "experiment": self.experiment,
-            "scale": self.scale,
-            "why": self.why,
-            "contrasts": [judged.to_dict() for judged in self.contrasts],
-            "remark": self.remark,
-            "out": str(self.folder),
-            "report": str(self.report),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,43 +230,6 @@ def write_outcome(experiment: Experiment, results: Results, arms: Sequence[Arm],
     return outcome
 
 
-def outcome_of(experiment: Experiment, results: Results, arms: Sequence[Arm], folder: Path) -> Outcome:
-    """What the results say; nothing is written."""
-    assert results.about is not None
-    scale: ScaleName = results.about["scale"]
-    lines = {arm.name: results.of(arm.name) for arm in arms}
-    contrasts = experiment.contrasts(scale, [arm.name for arm in arms])
-    judged = tuple(judge(contrast, lines, experiment.figure) for contrast in contrasts)
-    held, why = overall(judged)
-    return Outcome(
-        experiment=experiment.name,
-        scale=scale,
-        claim=experiment.claim,
-        held=held,
-        why=why,
-        arms=tuple(summary(arm, lines[arm.name]) for arm in arms),
-        contrasts=judged,
-        remark=experiment.scales[scale].remark,
-        folder=folder,
-        report=folder / "report.html",
-    )
-
-
-def summary(arm: Arm, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """An arm's mean and spread (sample deviation over seeds, None for a single one) of each figure, 0 to 1."""
-    about: dict[str, Any] = {
-        "name": arm.name, "parameters": lines[0]["parameters"] if lines else None,
-        "top1_mean": None, "top1_std": None, "seeds": len(lines),
-    }  # fmt: skip
-    if not lines:
-        return about
-    for figure in lines[0]["figures"]:
-        values = [line["figures"][figure] for line in lines]
-        about[f"{figure}_mean"] = float(np.mean(values))
-        about[f"{figure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return about | {"multiply_adds": lines[0]["multiply_adds"], "label": arm.label}
-
-
 def _rates(experiment: Rates, folder: Path, wanted: Asked, say: Say) -> Outcome:
     from xception.experiments.page import write_rates_page
 
@@ -314,21 +244,6 @@ def _rates(experiment: Rates, folder: Path, wanted: Asked, say: Say) -> Outcome:
     scale: ScaleName = about["scale"] if about is not None else wanted.scale or "smoke"
     if about is None or not results.lines or wanted.seeds not in (None, about["rounds"]):
         measure_rates(results, scale=scale, rounds=wanted.seeds, say=say)
-    held, why = experiment.judge(results)
-    outcome = Outcome(
-        experiment=experiment.name,
-        scale=scale,
-        claim=experiment.claim,
-        held=held,
-        why=why,
-        arms=tuple(experiment.summaries(results)),
-        contrasts=(),
-        remark=experiment.remarks[scale],
-        folder=folder,
-        report=folder / "report.html",
-    )
+    outcome = rates_outcome(experiment, results, folder)
     write_rates_page(experiment, results, outcome)
     return outcome
-
-
-__all__ = ["EXPERIMENTS", "Asked", "Outcome", "outcome_of", "reproduce", "write_outcome"]

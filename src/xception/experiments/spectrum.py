@@ -4,10 +4,10 @@
     xception reproduce spectrum --scale laptop                   # about an hour on 2 cores, Fashion-MNIST, 3 seeds
     xception reproduce spectrum --scale paper --data IMAGENET    # weeks on GPUs, nine networks of 120 epochs
 
-A regular convolution behind a 1x1 treats all channels as one segment, a depthwise one each channel as its own; Inception
-modules have three or four (section 1.2, Figs. 2 to 4). The paper compares only the ends, and leaves the points between
-them to future work. It gives no numbers for any of this; what we measured stands in docs/reproduction.md, from
-experiments/results/spectrum-laptop. Four questions:
+A regular convolution behind a 1x1 treats all channels as one segment, a depthwise one each channel as its own;
+Inception modules have three or four (section 1.2, Figs. 2 to 4). The paper compares only the ends, and leaves the
+points between them to future work. It gives no numbers for any of this; what we measured stands in
+docs/reproduction.md, from experiments/results/spectrum-laptop. Four questions:
 
 1. Segments at equal parameters, and at equal multiply-adds: widths are solved so that costs agree within 2 %
    (`budgets`), since a wide segment costs many times what a narrow one does. The stem is the same in all. Where one

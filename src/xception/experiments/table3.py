@@ -4,7 +4,7 @@
     xception reproduce table3 --scale laptop     # about 5 minutes on 2 cores: batch 8, published sizes
     xception reproduce table3 --scale paper      # batch 32 on a GPU where there is one, 20 rounds
 
-The paper (60 K80 GPUs, synchronous): Inception V3 23,626,728 parameters, 31 training steps/s; Xception 22,855,952 and 28.
+The paper (60 K80 GPUs, synchronous): Inception V3 23,626,728 parameters, 31 steps/s; Xception 22,855,952 and 28.
 The counts are exact here, tests hold them. What this machine measured stands in docs/reproduction.md, from
 experiments/results/table3-laptop.
 
@@ -81,7 +81,7 @@ class Rates:
     remarks: dict[ScaleName, str] = field(
         default_factory=lambda: {
             "smoke": "Smoke scale: one small image at a time, two rounds; it shows that everything runs, no more.",
-            "laptop": "One machine's processor is no 60 K80 GPUs: a ratio of speeds belongs to the machine and software.",
+            "laptop": "One processor is no 60 K80 GPUs: a ratio of speeds belongs to the machine and software.",
             "paper": "The paper's 60 K80 GPUs are not this machine: a ratio of speeds belongs to machine and software.",
         }
     )

@@ -40,9 +40,10 @@ def train(
     """Train on `data` (a folder, a CSV, or a data set's name) and leave a run folder.
 
     `recipe` is a name, the path of a recipe in a .json file, or a `Recipe` (by default finetune where there are
-    `weights`, else small); any of its fields can be set by its flat name, as in ``train("photos", weights="trunk.keras", epochs=20, learning_rate=3e-4)``. `weights`
-    are a bundle, a run folder, any public checkpoint file, or a published name such as ``"imagenet"``; `trunk_only`
-    leaves out a head in them that cannot be represented.
+    `weights`, else small); any of its fields can be set by its flat name, as in
+    ``train("photos", weights="trunk.keras", epochs=20, learning_rate=3e-4)``. `weights` are a bundle, a run folder, any
+    public checkpoint file, or a published name such as ``"imagenet"``; `trunk_only` leaves out a head in them that
+    cannot be represented.
     `model_options` are fields of the model's config. `after_epoch` is given each epoch's record (of metrics.jsonl), and
     may raise, which ends the run there. Raises an `XceptionError` with one line for wrong input.
     """
