@@ -76,8 +76,8 @@ def test_called_again_it_only_adds_what_is_missing(searched: room.Found, monkeyp
     again = room.tune("digits", out=searched.out, trials=3, **QUICK)
     assert trained == []
     assert again.best_params == searched.best_params
+    wider = {**QUICK, "search": ("learning_rate=0.02..1,log", "batch_size=64|128")}
     with pytest.raises(ConfigError, match=r"other settings \(space\.learning_rate\.high was 0\.5, is 1\.0\)"):
-        wider = {**QUICK, "search": ("learning_rate=0.02..1,log", "batch_size=64|128")}
         room.tune("digits", out=searched.out, trials=3, **wider)
 
 
