@@ -64,6 +64,6 @@ def test_imagenets_folders_are_in_the_order_of_its_classes() -> None:
     split = ArraySplit(np.zeros((2, 1, 1, 1), np.uint8), np.arange(2), ("a", "b"), (0, 999))
     assert with_labels_of(split, shuffled, words).targets == (500, 499)
     with pytest.raises(DataError, match="does not know"):  # some of them have no order
-        with_labels_of(split, ids[1:] + ["other"], words)
+        with_labels_of(split, [*ids[1:], "other"], words)
     with pytest.raises(DataError, match="does not know"):  # and another network's classes another
         with_labels_of(split, ids, ["one", "two", *words[2:]])

@@ -7,7 +7,7 @@ from typing import Any
 from xception.experiments.experiment import Scale, ScaleName
 
 SMOKE_REMARK = (
-    "Smoke scale: tiny networks, 1,437 digits of 8 x 8 pixels and a few epochs show that everything runs. "
+    "Smoke scale: tiny networks, 1,258 digits of 8 x 8 pixels and a few epochs show that everything runs. "
     "What comes out is no evidence about the claim."
 )
 LAPTOP_REMARK = (
