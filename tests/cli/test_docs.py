@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -9,16 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from xception.cli.evaluate import Evaluate
 from xception.cli.main import main
-from xception.cli.parse import COMMANDS
+from xception.cli.parse import COMMANDS, parse
 from xception.cli.reference import reference
+from xception.data.importance import read_importance
 
 ROOT = Path(__file__).parents[2]
 READMES = ["README.md", "README.ko.md"]
 
 
-def blocks(readme: str, language: str) -> list[str]:
-    text = (ROOT / readme).read_text(encoding="utf-8")
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
@@ -81,3 +84,23 @@ def test_the_command_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if words:
             assert words[0] == "xception"
             assert main(words[1:]) == 0, line
+
+
+def test_the_page_on_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Python runs; its training command resolves; its layout of a class-weight file is one."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/data.md", "python")
+    exec(compile(code, "docs/data.md", "exec"), {})
+    assert len(list((tmp_path / "digits-shards").glob("*.tar"))) == 5
+    train, evaluate = (" ".join(b.split("\\\n")) for b in blocks("docs/data.md", "console"))
+    assert main([*shlex.split(train, comments=True)[1:], "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["classes"], told["images"]["train"], told["images"]["test"]) == (325, 12_000, 3_000)
+    assert told["fields"]["horizontal_flip"]["value"] == 0.0
+    assert isinstance(parse(shlex.split(evaluate, comments=True)[1:]), Evaluate)
+    layout = next(b for b in blocks("docs/data.md", "text") if b.startswith("class,weight"))
+    rows = [re.split(r" {2,}", line) for line in layout.splitlines()]
+    Path("class_weights.csv").write_text("\n".join(row[0] for row in rows), encoding="utf-8")
+    Path("class_weights.json").write_text(rows[0][1], encoding="utf-8")
+    for name in ("class_weights.csv", "class_weights.json"):
+        assert read_importance(name, ("indoors", "cat", "dog")) == (3.0, 12.5, 0.0)

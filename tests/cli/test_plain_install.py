@@ -14,7 +14,8 @@ from PIL import Image
 # The package's command line in a process that has none of the extras and test packages.
 _PLAIN = """
 import sys
-for name in ("timm", "tensorboard", "keras", "tensorflow", "sklearn", "torchmetrics", "hypothesis", "pytest"):
+extras = ("timm", "tensorboard", "pyarrow", "keras", "tensorflow", "sklearn", "torchmetrics", "hypothesis", "pytest")
+for name in extras:
     sys.modules[name] = None
 from xception.cli.main import main
 sys.exit(main(sys.argv[1:]))

@@ -394,3 +394,21 @@ def test_small_images_in_memory_are_augmented_fast() -> None:
         assert len(split) / (time.process_time() - start) > 5000
     finally:
         torch.set_num_threads(before)
+
+
+def test_label_sets_as_vectors_are_made_a_batch_at_a_time() -> None:
+    """As many samples and classes as the paper's evaluation set has; all vectors together would be 0.95 GB."""
+    count, classes = 14_000, 17_000
+    rng = np.random.default_rng(0)
+    targets = tuple(tuple(sorted(set(rng.integers(0, classes, size).tolist()))) for size in rng.integers(0, 70, count))
+    base = ArraySplit(
+        np.zeros((1, 8, 8, 1), np.uint8), np.zeros(count, np.int64), tuple(map(str, range(count))), targets
+    )
+    made = loader(base, num_classes=classes, multi_label=True, batch_size=50, shuffle=True)
+    for batch in itertools.islice(made.epoch(0), 3):
+        assert batch.targets.shape == (50, classes)
+        assert batch.targets.dtype == torch.float32
+        for index, row in zip(batch.indices.tolist(), batch.targets, strict=True):
+            assert tuple(row.nonzero().flatten().tolist()) == targets[index]
+            assert set(row.tolist()) <= {0.0, 1.0}
+    assert sum(t.numel() * t.itemsize for t in vars(made._targets).values() if isinstance(t, torch.Tensor)) < 8 << 20

@@ -197,6 +197,24 @@ def test_few_row_groups_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read == [0, 1, 2, 1, 5]  # of two that are kept, the one that was used last stays
 
 
+def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(5):
+        write(tmp_path / "in" / f"{i}.parquet", {"image": images(6)[i : i + 1], "labels": [["a"]]})
+    split = whole(tmp_path / "in").splits["train"]
+    opened: list[str] = []
+    original = parquet._open
+    monkeypatch.setattr(parquet, "_open", lambda path: opened.append(path[-9]) or original(path))
+    monkeypatch.setattr(parquet, "_OPEN_FILES", 2)
+    monkeypatch.setattr(parquet, "_KEPT_BYTES", 0)
+    for index in (0, 1, 0, 2, 0, 1, 3, 4, 0):
+        assert np.array_equal(split.image(index), picture(12, 16, index))
+    assert opened == list("0121340")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for index in [0, 1, 2, 3, 4] * 5:
+        split.image(index)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
 def test_threads_and_processes_may_share_it(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", {"image": images(40), "labels": [["a"]] * 40}, row_group_size=7)
     split = whole(path).splits["train"]

@@ -327,6 +327,8 @@ LINKS = {
         (header(b"x.png", kind=b"V") + END, "of an unknown kind"),
         (b"not a tar at all" * 64, "byte 0: expected a tar header"),
         (b"", "truncated: it breaks off at byte 0"),
+        (tar_bytes(sample("1", ["a"])) * 2, "has something behind its end"),
+        (header() + b"abc".ljust(512, b"\0") + bytes(3 << 20) + b"x", "has something behind its end"),
         (END, "holds no samples"),
         (header(b"README") + b"abc".ljust(512, b"\0") + END, "holds no samples"),
         (header()[:300], "truncated: it breaks off at byte 300"),

@@ -278,8 +278,17 @@ def test_where_features_are_not_kept_the_head_learns_from_images(
     ],
 )
 def test_which_networks_have_features_to_keep(name: str, options: dict[str, Any], kept: bool) -> None:
-    plan = cast(Plan, SimpleNamespace(model=name, train=range(1000), val=None))
+    plan = cast(Plan, SimpleNamespace(model=name, train=range(1000), val=None, multi_label=False))
     with torch.device("meta"):
         why = obstacle(plan, registry.create_model(name, **options))
     assert (why is None) == kept
     assert why is None or name in why
+
+
+def test_label_vectors_count_as_memory() -> None:
+    """40,000 images of 17,000 classes: the features are small, the labels 2.7 GB."""
+    plan = {"model": "xception_small", "train": range(40_000), "val": None, "class_names": range(17_000)}
+    with torch.device("meta"):
+        model = registry.create_model("xception_small", num_classes=17_000)
+    assert obstacle(cast(Plan, SimpleNamespace(**plan, multi_label=False)), model) is None
+    assert "MiB" in (obstacle(cast(Plan, SimpleNamespace(**plan, multi_label=True)), model) or "")

@@ -22,7 +22,7 @@ class Evaluate:
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A bundle (.safetensors), a run folder, any public checkpoint (.keras, .h5, .pth, ...), or imagenet."""
     data: Annotated[Positional[str], arg(metavar="DATA")]
-    """Folder, CSV file, tar or Parquet shards, digits, fashion-mnist, fashion-composites, or a torchvision name."""
+    """Folder, CSV file, tar or Parquet shards, digits, fashion-mnist, fashion-composites, or a torchvision data set."""
     part: Literal["auto", "train", "val", "test", "all"] = "auto"
     """auto: images that the model was not trained on, where that can be known."""
     report: str | None = None

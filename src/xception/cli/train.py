@@ -23,7 +23,7 @@ class Train:
     """Train a network on DATA, a folder of images or a table or a named data set, and leave a run folder."""
 
     data: Annotated[Positional[str], arg(metavar="DATA")]
-    """Folder, CSV file, tar or Parquet shards, digits, fashion-mnist, fashion-composites, or a torchvision name."""
+    """Folder, CSV file, tar or Parquet shards, digits, fashion-mnist, fashion-composites, or a torchvision data set."""
     model: str | None = None
     """Network (see xception models); by default the weights' or the recipe's own."""
     recipe: str = "small"

@@ -6,6 +6,10 @@
     split.py             samples with keys and targets; the DataSource that deals them to train, val and test
     sources.py           open_source: what a person writes -> a DataSource
     folder.py, table.py, builtin.py, torchvision_sets.py    the kinds of source there are
+    tar_shards.py, parquet.py    many samples a file; shards.py what both have in common, tar_index.py what is where
+    composites.py        the open stand-in for JFT
+    importance.py        what each class weighs in MAP@100
+    blacklist.py         the validation images of ImageNet that the paper leaves out
     relabel.py           the same samples with a model's class numbers
     check.py             every image decoded once, the bad ones named and left out
     augment.py           random changes to training images

@@ -33,6 +33,7 @@ from xception.errors import DataError, ImageError, MissingPackageError
 IMAGE_COLUMNS = ("image", "images", "image_bytes", "bytes", "jpg", "jpeg", "png", "webp", "img")
 MAX_GROUP_BYTES = 256 * 2**20
 _KEPT_BYTES = 256 * 2**20  # of row groups in memory, beyond the one in use
+_OPEN_FILES = 16
 _MAX_FOOTER = 64 * 2**20  # of strings and of lists in a footer, which pyarrow takes memory for
 
 
@@ -155,6 +156,7 @@ class RowGroups:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._opened: OrderedDict[int, Any] = OrderedDict()  # a file's footer is long, and takes its time to parse
 
     def __getstate__(self) -> tuple[Sequence[str], str, bool]:
         return self._files, self._column, self._nested
@@ -182,7 +184,10 @@ class RowGroups:
 
     def _read(self, number: int, group: int) -> Any:
         try:
-            file = _open(self._files[number])
+            file = self._opened.pop(number, None) or _open(self._files[number])
+            self._opened[number] = file
+            while len(self._opened) > _OPEN_FILES:
+                self._opened.popitem(last=False)[1].close()
             name = f"{self._column}.bytes" if self._nested else self._column
             return _read_columns(file, group, [name], printable(self._files[number])).column(self._column)
         except DataError as error:

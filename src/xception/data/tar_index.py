@@ -58,22 +58,17 @@ def read_members(file: BinaryIO, shown: str) -> Iterator[Member]:
         DataError: Compressed, damaged, truncated, without the mark of its end, or with members that are no files.
     """
     end = file.seek(0, os.SEEK_END)
-    first = read_at(file, 0, 6)
-    for magic, program in _COMPRESSED.items():
-        if first.startswith(magic):
-            raise DataError(
-                f"{shown}: is compressed ({program}), but images are read from anywhere in it: unpack it to a .tar"
-            )
+    _check_not_compressed(read_at(file, 0, 6), shown)
     position, long_name, pax = 0, None, _Pax()
     while True:
         header = read_at(file, position, BLOCK)
         if len(header) < BLOCK:
             raise DataError(f"{shown}: truncated: it breaks off at byte {position + len(header):,}, without its end")
         if not any(header):
+            _check_nothing_follows(file, position, shown)
             return
         where = f"{shown}, byte {position:,}"
-        if header[148:156].strip(b"\0 ") == b"" or _number(header[148:156], where) not in _checksums(header):
-            raise DataError(f"{where}: expected a tar header, got something else: not a tar, or damaged")
+        _check_sum(header, where)
         kind, size = header[156:157], _number(header[124:136], where)
         start = position + BLOCK
         if kind in b"xgLK":
@@ -94,21 +89,52 @@ def read_members(file: BinaryIO, shown: str) -> Iterator[Member]:
             name = pax.path or long_name or _short_name(header)
             if len(name) > MAX_NAME:
                 raise DataError(f"{where}: a name of {len(name):,} bytes, more than {MAX_NAME:,}")
-            text_name = name.decode("utf-8", "surrogateescape")
-            folder = kind == b"5" or (kind == b"\0" and name.endswith(b"/"))
-            if not folder:
-                if kind not in (b"0", b"\0", b"7"):
-                    what = _KINDS.get(kind, f"of an unknown kind ({kind!r})")
-                    raise DataError(f"{where}: member {printable(text_name)!r} is {what}; expected plain files only")
-                if start + size > end:
-                    raise DataError(
-                        f"{shown}: truncated: member {printable(text_name)!r} should end at byte {start + size:,}, the "
-                        f"file has {end:,}"
-                    )
-                yield Member(text_name, start, size)
+            if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):
+                size = 0  # a folder
+            else:
+                member = Member(name.decode("utf-8", "surrogateescape"), start, size)
+                _check_plain(member, kind, end, where)
+                yield member
             long_name, pax = None, _Pax()
-            size = 0 if folder else size
         position = start + -(-size // BLOCK) * BLOCK
+
+
+def _check_not_compressed(first: bytes, shown: str) -> None:
+    for magic, program in _COMPRESSED.items():
+        if first.startswith(magic):
+            raise DataError(
+                f"{shown}: is compressed ({program}), but images are read from anywhere in it: unpack it to a .tar"
+            )
+
+
+def _check_sum(header: bytes, where: str) -> None:
+    """The sum of a header's bytes, its own field taken as spaces; old programs summed signed bytes."""
+    field, rest = header[148:156], header[:148] + header[156:]
+    unsigned = sum(rest) + 8 * ord(" ")
+    signed = unsigned - 256 * sum(byte > 127 for byte in rest)
+    if not field.strip(b"\0 ") or _number(field, where) not in (unsigned, signed):
+        raise DataError(f"{where}: expected a tar header, got something else: not a tar, or damaged")
+
+
+def _check_plain(member: Member, kind: bytes, end: int, where: str) -> None:
+    shown = f"member {printable(member.name)!r}"
+    if kind not in (b"0", b"\0", b"7"):
+        what = _KINDS.get(kind, f"of an unknown kind ({kind!r})")
+        raise DataError(f"{where}: {shown} is {what}; expected plain files only")
+    if member.offset + member.size > end:
+        raise DataError(
+            f"{where}: truncated: {shown} should end at byte {member.offset + member.size:,}, the file has {end:,}"
+        )
+
+
+def _check_nothing_follows(file: BinaryIO, position: int, shown: str) -> None:
+    """What stands behind the end is not read, as by any program; tars joined by `cat` would lose all but the first."""
+    while block := read_at(file, position, 1 << 20):
+        if block.count(0) < len(block):
+            raise DataError(
+                f"{shown}: has something behind its end, at byte {position:,} or later: several tars joined?"
+            )
+        position += len(block)
 
 
 class _Pax(NamedTuple):
@@ -154,10 +180,3 @@ def _number(field: bytes, where: str) -> int:
     if digits.strip(b"01234567"):
         raise DataError(f"{where}: expected a tar header, got one with a number that is none: not a tar, or damaged")
     return int(digits or b"0", 8)
-
-
-def _checksums(header: bytes) -> tuple[int, int]:
-    """The sum of a header's bytes, its own field taken as spaces; old programs summed signed bytes."""
-    rest = header[:148] + header[156:]
-    unsigned = sum(rest) + 8 * ord(" ")
-    return unsigned, unsigned - 256 * sum(byte > 127 for byte in rest)

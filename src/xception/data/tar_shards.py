@@ -214,7 +214,8 @@ def write_shards(source: DataSource, folder: str | os.PathLike[str], *, images_p
             shutil.rmtree(partial)
             raise
     except OSError as error:
-        raise ConfigError(f"cannot write {printable(str(target))}: {error.strerror}") from error
+        where = printable(str(error.filename or target))
+        raise ConfigError(f"cannot write {printable(str(target))}: {where}: {error.strerror}") from error
     return [target / name for name in names]
 
 

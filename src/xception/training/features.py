@@ -69,7 +69,8 @@ def obstacle(plan: Plan, model: nn.Module) -> str | None:
     if not isinstance(head, Classifier) or has_towers(model):
         return f"{plan.model} is more than a trunk with one classifier on its pooled output"
     images = len(plan.train) + (0 if plan.val is None else len(plan.val))
-    needed, limit = 4 * images * _width(head), min(MAX_BYTES, machine_bytes() // 4)
+    values = _width(head) + (len(plan.class_names) if plan.multi_label else 0)  # labels are kept as vectors
+    needed, limit = 4 * images * values, min(MAX_BYTES, machine_bytes() // 4)
     if needed > limit:
         return f"those of {images:,} images take {needed / 2**20:,.0f} MiB, more than {limit / 2**20:,.0f} MiB"
     return None
