@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from xception.benchmark.session import Failed, LeftOut, Process, Session, Visit
 from xception.benchmark.systems import ALL_SYSTEMS, MACHINE, SYSTEMS
 from xception.benchmark.worker import relative_error, run
 from xception.errors import ConfigError
+from xception.inference.signal_stack import kept_signal_stack
 
 NARROW: dict[str, Any] = {
     "entry_widths": (24, 40, 56), "middle_modules": 1, "exit_widths": (64, 72, 80), "num_classes": 7,
@@ -28,6 +30,13 @@ def case_of(system: str, variant: str, **changed: Any) -> Case:
         "precision": "fp32", "mode": "throughput", "model": "xception", "batch": 2, "size": SIZE, "threads": 1,
     }  # fmt: skip
     return Case(system=system, variant=variant, **{**about, **changed})
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Here systems run in the tests' own process, which goes on to other tests."""
+    with kept_signal_stack():
+        yield
 
 
 @pytest.fixture(scope="module")
