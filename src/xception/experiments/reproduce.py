@@ -71,7 +71,7 @@ def reproduce(name: str, out: str | Path | None = None, *, say: Say = lambda _: 
             raise ConfigError(f"{name} trains nothing and needs no {', '.join(refuse)}")
     scale = wanted.scale or "smoke"
     folder = Path(out) if out is not None else Path("runs", "reproduce", f"{name}-{scale}")
-    with held_folder(folder), StopRequest() as stop:
+    with held_folder(folder), StopRequest():
         try:
             if isinstance(experiment, Rates):
                 return _rates(experiment, folder, wanted, say)
@@ -79,8 +79,6 @@ def reproduce(name: str, out: str | Path | None = None, *, say: Say = lambda _: 
         except Stopped as stopped:
             again = f"; what is finished is in {shown(folder)}: the same command goes on there"
             raise Stopped(stopped.signal_number, f"stopped by signal {stopped.signal_number}{again}") from None
-        finally:
-            del stop
 
 
 class _Reproduction:
