@@ -108,9 +108,9 @@ class _Reproduction:
             self.arms = experiment.published()
         else:
             self.arms = experiment.arms(self.scale_name, self.task)
-        asked = 1 if published else (self.wanted.seeds or self.scale.seeds)
-        there = {int(line["seed"]) + 1 - FIRST_SEED for line in self.results.lines}
-        self.seeds = max([asked, *there])  # what is there is not thrown away
+        before = 0 if self.results.about is None else int(self.results.about["seeds"])
+        # What is there, or was begun, is not thrown away.
+        self.seeds = 1 if published else max(self.wanted.seeds or 0, before) or self.scale.seeds
         self._settings = {arm.name: self._setting(arm) for arm in self.arms}
 
     # ---- what is there ---------------------------------------------------------------------------------------

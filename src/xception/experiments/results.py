@@ -44,12 +44,12 @@ class Results:
 
     def begin(self, about: Line) -> None:
         """Write, or replace, the first line."""
-        self.about = about
+        self.about = _as_json(about)
         self._write()
 
     def add(self, line: Line) -> None:
         """Add a line; on the disk when this returns."""
-        self.lines.append(line)
+        self.lines.append(_as_json(line))  # as it will be read: tuples are lists
         self._write()
 
     def find(self, arm: str, seed: int) -> Line | None:
