@@ -19,7 +19,7 @@ Options = Mapping[str, Any]
 TOLERANCE = 0.02
 SMOKE_TOLERANCE = 0.15
 """Of networks so tiny that a channel more is a tenth of them; their figures are no evidence anyway."""
-_STEPS = 60  # of the search around the crossing
+_STEPS = 24  # of the search around the crossing
 _FINE = 12  # channels more or less
 _Point = tuple[float, int]
 
@@ -53,7 +53,7 @@ def fit(
             return None
 
     low, high = 1 / 64, 64.0
-    for _ in range(20):
+    for _ in range(12):
         middle = math.sqrt(low * high)
         found = cost_at(middle)
         low, high = (middle, high) if found is None or found < budget else (low, middle)

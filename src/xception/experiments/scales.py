@@ -33,11 +33,23 @@ _SMOKE: dict[str, Any] = {
 
 
 def common_scales(
-    *, laptop_epochs: int, times: tuple[str, str, str], laptop: dict[str, Any] | None = None, seeds: int = 3
+    *,
+    laptop_epochs: int,
+    times: tuple[str, str, str],
+    smoke: dict[str, Any] | None = None,
+    laptop: dict[str, Any] | None = None,
+    seeds: int = 3,
 ) -> dict[ScaleName, Scale]:
     """The three scales of an experiment with one label an image; `times` are what to expect of each."""
     return {
-        "smoke": Scale(data="digits", recipe="small", settings=_SMOKE, seeds=2, time=times[0], remark=SMOKE_REMARK),
+        "smoke": Scale(
+            data="digits",
+            recipe="small",
+            settings={**_SMOKE, **(smoke or {})},
+            seeds=2,
+            time=times[0],
+            remark=SMOKE_REMARK,
+        ),
         "laptop": Scale(
             data="fashion-mnist",
             recipe="small",

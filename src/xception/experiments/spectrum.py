@@ -34,7 +34,6 @@ from xception.models import registry
 
 # Segments between the two ends; Inception modules have three or four.
 SEGMENTS: dict[ScaleName, tuple[int, ...]] = {"smoke": (1, 4), "laptop": (1, 4, 16), "paper": (1, 4, 32)}
-COSTS: tuple[Cost, ...] = ("parameters", "multiply_adds")
 AT_MULTIPLY_ADDS = "-multiply-adds"
 ALIKE = 0.005
 """Orders count as alike within so much of accuracy: half a point."""
@@ -55,8 +54,7 @@ def arms(scale: ScaleName, task: Task) -> tuple[Arm, ...]:
         ),
     ]
     for segments in SEGMENTS[scale]:
-        equal = {cost: _with_segments(scale, base, segments, cost, cost_of("xception", end, cost)) for cost in COSTS}
-        options = equal["parameters"]
+        options = _at_cost_of(end, scale, base, segments, "parameters")
         both = _missed(options, end, "multiply_adds") <= TOLERANCE
         label = f"{_count(segments)} at equal {'parameters and multiply-adds' if both else 'parameters'}"
         found.append(Arm(name=f"{segments}", label=label, model="xception", options=options))
@@ -74,7 +72,7 @@ def arms(scale: ScaleName, task: Task) -> tuple[Arm, ...]:
                     name=f"{segments}{AT_MULTIPLY_ADDS}",
                     label=f"{_count(segments)} at equal multiply-adds",
                     model="xception",
-                    options=equal["multiply_adds"],
+                    options=_at_cost_of(end, scale, base, segments, "multiply_adds"),
                 )
             )
     return tuple(found)
@@ -89,7 +87,11 @@ def _count(segments: int) -> str:
     return f"{segments} segment{'s' * (segments != 1)}"
 
 
-def _with_segments(scale: ScaleName, base: dict[str, Any], segments: int, cost: Cost, budget: int) -> dict[str, Any]:
+def _at_cost_of(
+    reference: dict[str, Any], scale: ScaleName, base: dict[str, Any], segments: int, cost: Cost
+) -> dict[str, Any]:
+    """The network with so many segments whose widths make it cost what the reference does."""
+    budget = cost_of("xception", reference, cost)
     config = registry.get_config("xception", **base)
     entry, exit_widths = config.entry_widths, config.exit_widths
 

@@ -122,6 +122,7 @@ EXPERIMENT = Experiment(
     ),
     scales=common_scales(
         laptop_epochs=5,
+        smoke={"image_size": SIDE},
         laptop={"image_size": SIDE},
         times=("a minute", "40 minutes on 2 cores", "weeks on GPUs; with published weights an hour"),
     ),
