@@ -55,3 +55,15 @@ def test_any_split_can_be_relabelled() -> None:
 
     other = with_targets(Foreign(), (5, 6))
     assert (list(other.targets), list(other.keys), int(other.image(1)[0, 0, 0])) == ([5, 6], ["a", "b"], 1)
+
+
+def test_imagenets_folders_are_in_the_order_of_its_classes() -> None:
+    ids = [f"n{1440764 + 7 * k:08d}" for k in range(1000)]
+    words = ["tench", "goldfish", *(f"class {k}" for k in range(2, 1000))]
+    shuffled = [*ids[500:], *ids[:500]]
+    split = ArraySplit(np.zeros((2, 1, 1, 1), np.uint8), np.arange(2), ("a", "b"), (0, 999))
+    assert with_labels_of(split, shuffled, words).targets == (500, 499)
+    with pytest.raises(DataError, match="does not know"):  # some of them have no order
+        with_labels_of(split, [*ids[1:], "other"], words)
+    with pytest.raises(DataError, match="does not know"):  # and another network's classes another
+        with_labels_of(split, ids, ["one", "two", *words[2:]])

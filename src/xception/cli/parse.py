@@ -15,7 +15,9 @@ from xception.cli.evaluate import Evaluate
 from xception.cli.models import Models
 from xception.cli.output import complain
 from xception.cli.predict import Predict
+from xception.cli.reproduce import Reproduce
 from xception.cli.train import Demo, Train, train_defaults
+from xception.cli.tune import Tune
 from xception.models.fields import unknown_name
 
 
@@ -36,6 +38,8 @@ COMMANDS: dict[str, type[Any]] = {
     "convert": Convert,
     "models": Models,
     "benchmark": Benchmark,
+    "reproduce": Reproduce,
+    "tune": Tune,
 }
 
 

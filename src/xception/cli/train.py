@@ -15,7 +15,7 @@ from xception.cli.output import human_bytes, human_seconds, json_line, table
 from xception.errors import ConfigError
 from xception.training.allocator import keep_freed_memory
 from xception.training.interrupt import StopRequest
-from xception.training.recipe import NAMED, Recipe, default_recipe, named_recipe, override
+from xception.training.recipe import NAMED, Recipe, default_recipe, find_recipe, override
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class Train:
     model: str | None = None
     """Network (see xception models); by default the weights' or the recipe's own."""
     recipe: str = "small"
-    """Recipe: imagenet, jft, finetune, head or small; the settings below are its own values. With --weights the default
-    is finetune."""
+    """Recipe: imagenet, jft, finetune, head, small, or a .json file (a run folder's recipe.json); the settings below
+    are its own values. With --weights the default is finetune."""
     weights: str | None = None
     """Start from these weights: a bundle, a run folder, any public checkpoint (.keras, .h5, .pth, ...), or imagenet."""
     trunk_only: FlagCreatePairsOff[bool] = False
@@ -156,7 +156,7 @@ def train_defaults(arguments: Sequence[str]) -> Any:
             elif word.startswith(f"--{option}="):
                 given[option] = word.partition("=")[2]
     name = given["recipe"] if given["recipe"] is not None else default_recipe(given["weights"])
-    recipe = named_recipe(name, model=given["model"])
+    recipe = find_recipe(name, model=given["model"])
     return Train(data=tyro.MISSING, recipe=name, settings=recipe)
 
 

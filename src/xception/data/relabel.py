@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
@@ -27,10 +28,13 @@ def with_labels_of(split: Split, names: Sequence[str], model_names: Sequence[str
     """`split`, whose targets number `names`, with the numbers that `model_names` has for them.
 
     The data may lack classes that the model has, and have them in another order; `DataError` names the classes of
-    its samples that the model lacks.
+    its samples that the model lacks. ImageNet's folders are named by WordNet ids, its published networks' classes by
+    words: where the data has all 1,000 ids, their order is that of the classes.
     """
     if tuple(names) == tuple(model_names):
         return split
+    if _are_synsets(names) and len(model_names) == len(names) and tuple(model_names[:2]) == ("tench", "goldfish"):
+        model_names = sorted(names)
     number = {name: i for i, name in enumerate(model_names)}
     used = {k for target in split.targets for k in ((target,) if isinstance(target, int) else target)}
     unknown = [names[k] for k in sorted(used) if names[k] not in number]
@@ -45,6 +49,10 @@ def with_labels_of(split: Split, names: Sequence[str], model_names: Sequence[str
         for target in split.targets
     )
     return with_targets(split, cast(Targets, targets))
+
+
+def _are_synsets(names: Sequence[str]) -> bool:
+    return len(set(names)) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 def _some(names: Sequence[str]) -> str:

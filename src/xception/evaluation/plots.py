@@ -26,6 +26,14 @@ from xception.evaluation.figures import CalibrationBin
 # Colours that nothing else uses stand for the page's CSS variables and are replaced in the finished SVG.
 _INK, _FAINT, _LINE, _SECOND = "#010203", "#010204", "#010205", "#010206"
 _VARIABLES = {_INK: "var(--ink-2)", _FAINT: "var(--rule)", _LINE: "var(--accent)", _SECOND: "var(--second)"}
+# What the variables are on a light page, for a drawing that stands alone.
+_LIGHT = {_INK: "#525c6b", _FAINT: "#dfe3e9", _LINE: "#2f6feb", _SECOND: "#d6780a"}
+# Many lines at once: told apart with most kinds of colour vision, and visible on light and dark pages alike.
+PALETTE = (
+    "#3b82d6", "#d6780a", "#1f9e77", "#c9518f", "#8a63c9", "#a08a10", "#5f9ea8", "#b5533c", "#7f8896", "#4fae3a",
+    "#d19a66", "#6a7fdb",
+)  # fmt: skip
+FAINT = _FAINT
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
     "text.color": _INK,
@@ -68,7 +76,7 @@ def curves(
         if len(series) > 1:
             axes.legend(frameon=False)
 
-    return _svg(draw, (4.6, 2.9), f"{title} by epoch")
+    return drawing(draw, (4.6, 2.9), f"{title} by epoch")
 
 
 def reliability(bins: Sequence[CalibrationBin]) -> str:
@@ -93,7 +101,7 @@ def reliability(bins: Sequence[CalibrationBin]) -> str:
         axes.grid(axis="y", color=_FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
 
-    return _svg(draw, (4.6, 3.6), "reliability diagram: accuracy against confidence")
+    return drawing(draw, (4.6, 3.6), "reliability diagram: accuracy against confidence")
 
 
 def heat_map(shares: NDArray[np.float64]) -> str:
@@ -122,7 +130,15 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> str:
+def standing_alone(svg: str) -> str:
+    """A drawing as the contents of a file: with the colours of a light page in place of a page's variables."""
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(variable, _LIGHT[color])
+    return svg.replace("<svg ", '<svg style="font-family: sans-serif" ', 1)
+
+
+def drawing(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> str:
+    """What `draw` puts on the axes, as an SVG element `size` inches wide and high; `label` is for who cannot see it."""
     # Ids are hashes of what they name and of the salt: the label keeps the plots of one page apart.
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": label}):
         figure = Figure(figsize=size, layout="constrained")

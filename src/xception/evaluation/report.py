@@ -122,6 +122,11 @@ def render_report(
     if evaluation is not None:
         parts.append(section("Not evaluated", _errors(evaluation)))
     parts.append(section("Provenance", _provenance(provenance)))
+    return whole_page(title, parts)
+
+
+def whole_page(title: str, parts: Sequence[str]) -> str:
+    """A page of the report's looks from its parts, which are HTML already; empty ones are left out."""
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -8,7 +8,7 @@ the auxiliary classifiers on the stages they read, and adds the classifier.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -146,6 +146,15 @@ def _pool(layer: Pool, style: Style) -> nn.Module:
     if layer.kind == "max":
         return nn.MaxPool2d(layer.kernel, layer.stride, padding, ceil_mode=ceil)
     return nn.AvgPool2d(layer.kernel, layer.stride, padding, ceil_mode=ceil, count_include_pad=style.count_padding)
+
+
+def scaled(layer: Layer, factor: float) -> Layer:
+    """`layer` with every convolution's filters multiplied by `factor`, rounded, at least one."""
+    if factor == 1 or isinstance(layer, (Pool, LocalResponse)):
+        return layer
+    if isinstance(layer, (Conv, Separable)):
+        return replace(layer, width=max(1, round(factor * layer.width)))
+    return {name: [scaled(inner, factor) for inner in layers] for name, layers in layer.items()}
 
 
 def stride_of(layer: Layer) -> int:

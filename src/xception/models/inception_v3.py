@@ -8,9 +8,11 @@ later publication in TensorFlow, which departs from the paper's Table 1 in the l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
+from xception.errors import ConfigError
 from xception.models.entry import ModelEntry
 from xception.models.fields import MAX_WIDTH, check_range, check_widths
 from xception.models.inception_layers import (
@@ -21,6 +23,7 @@ from xception.models.inception_layers import (
     Layer,
     Pool,
     Style,
+    scaled,
 )
 from xception.models.inception_v2 import AuxiliaryTower, figure_7, reduction_to_8, reduction_to_17
 from xception.models.layers import Numerics
@@ -36,6 +39,8 @@ class InceptionV3Config(InceptionConfig):
     conv_bias, activation_first: biases in the convolutions, ReLU before batch normalisation (Keras in 2016).
     pool_projections: filters after the pools of the three 35x35 modules.
     last_7x7_reduce: filters of the first convolution of the double-7x7 branch of the last 17x17 module.
+    width: every layer's filters as a share of the published, rounded, at least one.
+    stem: "valid" is the published; "small" is padded and halves the map once, for small images.
     """
 
     auxiliary: bool = False
@@ -45,21 +50,25 @@ class InceptionV3Config(InceptionConfig):
     activation_first: bool = False
     pool_projections: tuple[int, int, int] = (32, 64, 64)
     last_7x7_reduce: int = 192
+    width: float = 1.0
+    stem: Literal["valid", "small"] = "valid"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_widths("pool_projections", self.pool_projections)
         check_range("last_7x7_reduce", self.last_7x7_reduce, 1, MAX_WIDTH)
+        if not 0 < self.width <= 8:
+            raise ConfigError(f"width must be above 0, at most 8; got {self.width}")
 
     @property
     def minimum_size(self) -> int:
-        return 75
+        return 75 if self.stem == "valid" else 13
 
 
 def stages(config: InceptionV3Config) -> dict[str, Layer]:
     """From the image to the features; the sizes are those of the output at 299x299."""
     first, second, third = config.pool_projections
-    return {
+    table: dict[str, Layer] = {
         "conv_1a": Conv(32, 3, stride=2, padding="valid"),  # 149x149x32
         "conv_2a": Conv(32, 3, padding="valid"),  # 147x147x32
         "conv_2b": Conv(64, 3),  # 147x147x64
@@ -79,6 +88,14 @@ def stages(config: InceptionV3Config) -> dict[str, Layer]:
         "mixed_7b": figure_7(),  # 8x8x2048
         "mixed_7c": figure_7(),  # 8x8x2048
     }
+    if config.stem == "small":
+        padded: dict[str, Layer] = {
+            "conv_1a": Conv(32, 3, stride=2),  # 16x16 of 32x32, and so on until 6a, which leaves 7x7
+            "conv_2a": Conv(32, 3),
+            "conv_4a": Conv(192, 3),
+        }
+        table = {**{name: layer for name, layer in table.items() if not name.startswith("pool_")}, **padded}
+    return {name: scaled(layer, config.width) for name, layer in table.items()}
 
 
 def module_35(projection: int) -> Branches:
@@ -165,5 +182,12 @@ ENTRIES = (
             "top1": 0.77294,
             "top5": 0.93450,
         },
+    ),
+    ModelEntry(
+        name="inception_v3_small",
+        config=InceptionV3Config(num_classes=10, input_size=32, width=0.125, stem="small"),
+        build=InceptionV3,
+        description="Inception v3's design, narrow and with a small stem, for images of 28 to 64 pixels",
+        source="after arXiv 1512.00567; the width and the stem are our own",
     ),
 )

@@ -18,6 +18,8 @@ from xception.models import (
     inception_v1,
     inception_v2,
     inception_v3,
+    resnet,
+    vgg,
     xception,
     xception_aligned,
 )
@@ -33,7 +35,7 @@ from xception.models.fields import checked_values, to_lists, unknown_name
 
 ENTRIES: dict[str, ModelEntry] = {
     entry.name: entry
-    for room in (xception, xception_aligned, inception_v1, inception_v2, inception_v3, baselines)
+    for room in (xception, xception_aligned, inception_v1, inception_v2, inception_v3, vgg, resnet, baselines)
     for entry in room.ENTRIES
 }
 

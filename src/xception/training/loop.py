@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -48,6 +48,8 @@ from xception.training.validation import ScoresNotFinite, evaluate_part
 from xception.training.waiting import Waiting
 from xception.weights.files import shown
 
+AfterEpoch = Callable[[Mapping[str, Any]], None]
+
 
 def run_training(
     plan: Plan,
@@ -57,13 +59,15 @@ def run_training(
     tensorboard: bool = False,
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
+    after_epoch: AfterEpoch = lambda record: None,
 ) -> TrainResult:
     """Carry out `plan` in the run folder `out`.
 
     With `resume`, a run that was stopped there goes on bit for bit (same machine, same number of threads), and
     one that never began begins. Raises `Stopped` after SIGINT or SIGTERM, when a checkpoint has been written,
     `TrainingError` after ten non-finite steps in a row, `ConfigError` where `out` holds another run. `stop` is
-    a `StopRequest` that was entered before, where there is one.
+    a `StopRequest` that was entered before, where there is one. `after_epoch` is given each epoch's record when its
+    checkpoint is written, and may raise: then the run ends there, and could be resumed.
     """
     reporter = reporter or Reporter()
     with contextlib.ExitStack() as stack:
@@ -73,7 +77,7 @@ def run_training(
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(reporter)
-        run = Run(plan, out, reporter, stop, stack)  # what cannot be built leaves no folder
+        run = Run(plan, out, reporter, stop, stack, after_epoch)  # what cannot be built leaves no folder
         stack.enter_context(run_folder(out, resume=resume))
         run.restore_or_begin(tensorboard=tensorboard)
         with stop.deferred():
@@ -85,9 +89,16 @@ class Run:
     """One training run, and the few things that happen in it."""
 
     def __init__(
-        self, plan: Plan, out: Path, reporter: Reporter, stop: StopRequest, stack: contextlib.ExitStack
+        self,
+        plan: Plan,
+        out: Path,
+        reporter: Reporter,
+        stop: StopRequest,
+        stack: contextlib.ExitStack,
+        after_epoch: AfterEpoch,
     ) -> None:
         self.plan, self.out, self.reporter, self.stop, self._stack = plan, out, reporter, stop, stack
+        self._after_epoch = after_epoch
         self.state = TrainingState(plan, reporter.say)
         self.loader = stack.enter_context(plan.train_loader())
         self.val_loader = None if plan.val is None else stack.enter_context(plan.evaluation_loader(plan.val))
@@ -147,6 +158,7 @@ class Run:
             progress.next_epoch()
             if progress.epoch == phase.epochs or not phase.on_features:
                 self.checkpoint()
+            self._after_epoch(self.metrics.records[-1])
 
     def _train_epoch(self, phase: Phase) -> tuple[int, float]:
         """The images that were learned from here, and the share of the time that they were waited for."""

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tyro.conf import Suppress
 
 from xception.data.augment import Augment
+from xception.data.labels import printable
 from xception.errors import ConfigError
 from xception.training.recipe_parts import InputConfig as InputConfig
 from xception.training.recipe_parts import LossConfig as LossConfig
@@ -215,6 +218,8 @@ NAMED: dict[str, Recipe] = {
     ),
 }
 
+_MAX_RECIPE_BYTES = 1 << 20
+
 # Section 4.4: the weight decay that the paper found for Inception V3, whichever the data.
 _INCEPTION_WEIGHT_DECAY = 4e-5
 
@@ -239,6 +244,62 @@ def named_recipe(name: str, *, model: str | None = None) -> Recipe:
     if name in ("imagenet", "jft") and model.startswith("inception"):
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, weight_decay=_INCEPTION_WEIGHT_DECAY))
     return replace(recipe, model=model)
+
+
+def find_recipe(name: str, *, model: str | None = None) -> Recipe:
+    """The recipe called `name`, or the one in the file of that path where it ends in .json, for `model`."""
+    if not name.endswith(".json"):
+        return named_recipe(name, model=model)
+    recipe = read_recipe(name)
+    return recipe if model is None else replace(recipe, model=model)
+
+
+def read_recipe(path: str) -> Recipe:
+    """The recipe in a JSON file: what `recipe_to_dict` gives, by itself or under "recipe" as in a run folder.
+
+    Fields that are missing keep the values of the recipe that the file names. Raises `ConfigError` with one line.
+    """
+    where = printable(path)
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(_MAX_RECIPE_BYTES + 1)
+        values = json.loads(data) if len(data) <= _MAX_RECIPE_BYTES else None
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+        values = values["recipe"]
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise ConfigError(f"{where}: expected a recipe as JSON, such as a run folder's recipe.json")
+    try:
+        return recipe_from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `recipe_to_dict` gave; `ConfigError` for unknown fields and values that do not fit."""
+    recipe = NAMED.get(values.get("name", ""), NAMED["small"])
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in PARTS:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} must hold fields; got {value!r:.60}")
+            part = getattr(recipe, name)
+            _require_fields(part, value)
+            changes[name] = _checked_replace(part, dict(value))
+        else:
+            changes[name] = value
+    _require_fields(recipe, changes)
+    return typing.cast(Recipe, _checked_replace(recipe, changes))
+
+
+def _require_fields(config: Any, values: Mapping[str, Any]) -> None:
+    known = {f.name for f in fields(config)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown recipe field {name!r:.60}; expected one of {', '.join(sorted(known))}")
 
 
 def recipe_fields() -> dict[str, str]:

@@ -50,15 +50,16 @@ def require_no_run(out: Path) -> None:
 
 def require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """A resumed run must be the same run: name every setting that is not."""
-    different = [f"{name} was {was}, is {now_is}" for name, was, now_is in _differences("", before, now)]
+    different = [f"{name} was {was}, is {now_is}" for name, was, now_is in differences(before, now)]
     if different:
         raise ConfigError(f"cannot resume {shown(out)}: {'; '.join(different)}")
 
 
-def _differences(prefix: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Name, former and present value of every setting that is not the same, in nested descriptions too."""
     for name in sorted(before.keys() | now.keys()):
         was, now_is = before.get(name), now.get(name)
         if isinstance(was, Mapping) and isinstance(now_is, Mapping):
-            yield from _differences(f"{prefix}{name}.", was, now_is)
+            yield from differences(was, now_is, f"{prefix}{name}.")
         elif was != now_is:
             yield f"{prefix}{name}", f"{was!r:.{_SHOWN}}", f"{now_is!r:.{_SHOWN}}"

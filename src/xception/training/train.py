@@ -10,10 +10,10 @@ from typing import Any
 
 from xception.errors import ConfigError
 from xception.training.interrupt import StopRequest
-from xception.training.loop import run_training
+from xception.training.loop import AfterEpoch, run_training
 from xception.training.prepare import Plan, prepare
 from xception.training.progress import Reporter
-from xception.training.recipe import Recipe, default_recipe, named_recipe, override
+from xception.training.recipe import Recipe, default_recipe, find_recipe, override
 from xception.training.record import TrainResult, known_bad
 from xception.training.run_folder import require_no_run
 from xception.weights.files import shown
@@ -34,22 +34,25 @@ def train(
     device: str | None = None,
     tensorboard: bool = False,
     quiet: bool = False,
+    after_epoch: AfterEpoch = lambda record: None,
     **fields: Any,
 ) -> TrainResult:
     """Train on `data` (a folder, a CSV, or a data set's name) and leave a run folder.
 
-    `recipe` is a name or a `Recipe` (by default finetune where there are `weights`, else small); any of its fields can
-    be set by its flat name, as in ``train("photos", weights="trunk.keras", epochs=20, learning_rate=3e-4)``. `weights`
-    are a bundle, a run folder, any public checkpoint file, or a published name such as ``"imagenet"``; `trunk_only`
-    leaves out a head in them that cannot be represented.
-    `model_options` are fields of the model's config. Raises an `XceptionError` with one line for wrong input.
+    `recipe` is a name, the path of a recipe in a .json file, or a `Recipe` (by default finetune where there are
+    `weights`, else small); any of its fields can be set by its flat name, as in
+    ``train("photos", weights="trunk.keras", epochs=20, learning_rate=3e-4)``. `weights` are a bundle, a run folder, any
+    public checkpoint file, or a published name such as ``"imagenet"``; `trunk_only` leaves out a head in them that
+    cannot be represented.
+    `model_options` are fields of the model's config. `after_epoch` is given each epoch's record (of metrics.jsonl), and
+    may raise, which ends the run there. Raises an `XceptionError` with one line for wrong input.
     """
     _check_types(data=data, model=model, recipe=recipe, weights=weights, out=out, data_root=data_root, device=device)
     if model_options is not None and not isinstance(model_options, Mapping):
         raise ConfigError(f"model_options must be a mapping of field to value; got {model_options!r}")
     if recipe is None:
         recipe = default_recipe(weights)
-    base = named_recipe(recipe, model=model) if isinstance(recipe, str) else recipe
+    base = find_recipe(recipe, model=model) if isinstance(recipe, str) else recipe
     base = override(base, **fields)
     with Reporter(quiet=quiet) as reporter, StopRequest() as stop:
         folder = run_folder_for(data, model or base.model, out=out, resume=resume)
@@ -69,7 +72,15 @@ def train(
             say=reporter.say,
         )
         reporter.say(summary(plan, folder))
-        return run_training(plan, folder, resume=resume, tensorboard=tensorboard, reporter=reporter, stop=stop)
+        return run_training(
+            plan,
+            folder,
+            resume=resume,
+            tensorboard=tensorboard,
+            reporter=reporter,
+            stop=stop,
+            after_epoch=after_epoch,
+        )
 
 
 def summary(plan: Plan, folder: Path) -> str:

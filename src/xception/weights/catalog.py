@@ -177,6 +177,26 @@ def _aligned(
     )
 
 
+def _torchvision(model: str, digits: str, *, top1: float, top5: float) -> Checkpoint:
+    """The first weights that torchvision published of a network, trained by itself; sizes it tells in MiB only."""
+    return Checkpoint(
+        name=f"{model}.tv_in1k",
+        model=model,
+        url=f"{_TORCHVISION}/{model}-{digits}.pth",
+        digest=_prefix(digits),
+        size=None,
+        reader="torch",
+        family=f"torchvision {model}",
+        preprocess=Preprocess(
+            size=(224, 224), crop_fraction=224 / 256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        ),
+        published={"top1": top1, "top5": top5},
+        measured_by="torchvision",
+        license="BSD-3-Clause",
+        source="torchvision",
+    )
+
+
 CATALOG: tuple[Checkpoint, ...] = (
     _keras(
         "xception.keras_in1k",
@@ -321,6 +341,8 @@ CATALOG: tuple[Checkpoint, ...] = (
         license="BSD-3-Clause",
         source="torchvision, ported from TensorFlow",
     ),
+    _torchvision("vgg16", "397923af", top1=0.71592, top5=0.90382),
+    _torchvision("resnet152", "394f9c45", top1=0.78312, top5=0.94046),
 )
 
 DEFAULTS: Mapping[str, str] = {
@@ -333,6 +355,8 @@ DEFAULTS: Mapping[str, str] = {
     "inception_v3": "inception_v3.keras_in1k",
     "inception_v3_torchvision": "inception_v3.tv_in1k",
     "googlenet": "googlenet.tv_in1k",
+    "vgg16": "vgg16.tv_in1k",
+    "resnet152": "resnet152.tv_in1k",
 }
 """What ``weights="imagenet"`` means for each network: the file in the network's own numerics, from whom it comes first
 hand (for Xception the author's, Keras's), and for Xception-65 the better of two, as in timm."""

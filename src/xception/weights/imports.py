@@ -24,6 +24,7 @@ from xception.weights.keras_file import read_keras_file
 from xception.weights.keras_model import recognise_keras
 from xception.weights.locate import locate
 from xception.weights.names_torch import recognise_torch
+from xception.weights.names_torchvision import recognise_torchvision
 from xception.weights.torch_file import read_torch_file
 
 
@@ -96,15 +97,15 @@ def _read(path: str, container: Container) -> ForeignFile:
 
 
 def _recognise(foreign: ForeignFile, *, trunk_only: bool) -> Recognised:
-    for recognise in (recognise_keras, recognise_torch):
+    for recognise in (recognise_keras, recognise_torch, recognise_torchvision):
         found = recognise(foreign, trunk_only=trunk_only)
         if found is not None:
             return found
     names = sorted(foreign.tensors)[:3]
     some = ", ".join(repr(name[:60]) for name in names) or "none"
     raise WeightsError(
-        f"{len(foreign.tensors)} tensors ({some}, ...) that are no Xception, aligned Xception, Inception v3 "
-        "or GoogLeNet"
+        f"{len(foreign.tensors)} tensors ({some}, ...) that are no Xception, aligned Xception, Inception v3, "
+        "GoogLeNet, VGG-16 or ResNet-152"
     )
 
 
