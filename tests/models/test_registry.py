@@ -16,6 +16,8 @@ from xception.models import (
     inception_v1,
     inception_v2,
     inception_v3,
+    resnet,
+    vgg,
     xception,
     xception_aligned,
 )
@@ -172,7 +174,7 @@ def test_names_are_listed_and_matched() -> None:
     assert list_models("xception?1") == ["xception41", "xception71"]
     assert list_models("nothing*") == []
     assert all(find_entry(name).name == name for name in NAMES)
-    rooms = (baselines, inception_v1, inception_v2, inception_v3, xception, xception_aligned)
+    rooms = (baselines, inception_v1, inception_v2, inception_v3, resnet, vgg, xception, xception_aligned)
     assert sorted(entry.name for room in rooms for entry in room.ENTRIES) == NAMES  # no name stands twice
 
 
