@@ -43,6 +43,9 @@ NETWORKS: dict[str, str | None] = {
     "resnet152": "TorchvisionBaseline is no Xception",
     "resnet50": "TorchvisionBaseline is no Xception",
     "vgg16": "TorchvisionBaseline is no Xception",
+    "inception_v3_small": "InceptionV3 is no Xception",
+    "resnet152_small": "ResNet is no Xception",
+    "vgg16_small": "VGG is no Xception",
 }
 
 # Every option, and values of it; all are covered. `hidden_activations` that the executor lacks run in a torch head.
