@@ -104,17 +104,23 @@ UnitArgs unit_of(const UnitTrainer& trainer, const Sizes& sizes, int out_channel
   return unit;
 }
 
-std::unique_ptr<UnitTrainer> make_trainer(const std::string& level, const std::string& type, int threads) {
+std::unique_ptr<UnitTrainer> make_trainer(const std::string& level, const std::string& type, int threads,
+                                          const std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>& openmp) {
   if (!runs_kernels(level, type)) refuse("this processor does not run kernels for '" + level + "'");
   if (threads < 1 || threads > 1024) refuse("expected 1 to 1024 threads");
-  return std::make_unique<UnitTrainer>(level, type_of(type), threads);
+  const auto [parallel, number, count] = openmp;
+  if ((parallel == 0) != (number == 0) || (parallel == 0) != (count == 0)) refuse("expected three addresses, or zeros");
+  const OpenMp host{reinterpret_cast<decltype(OpenMp::parallel)>(parallel),
+                    reinterpret_cast<decltype(OpenMp::thread_number)>(number),
+                    reinterpret_cast<decltype(OpenMp::thread_count)>(count)};
+  return std::make_unique<UnitTrainer>(level, type_of(type), threads, host);
 }
 
 }  // namespace
 
 void bind_train(nb::module_& m) {
   nb::class_<UnitTrainer>(m, "UnitTrainer", "Separable units, forward and backward; see native/src/train.hpp.")
-      .def(nb::new_(&make_trainer), "level"_a, "type"_a, "threads"_a)
+      .def(nb::new_(&make_trainer), "level"_a, "type"_a, "threads"_a, "openmp"_a = std::tuple{0, 0, 0})
       .def(
           "blocked_bytes",
           [](const UnitTrainer& t, int channels, const Sizes& sizes) {

@@ -1,6 +1,10 @@
 #include "train.hpp"
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
+#include <functional>
+#include <mutex>
 #include <stdexcept>
 
 #include "halves.hpp"
@@ -68,8 +72,9 @@ const Kernels& product_kernels_for(const std::string& level, Type type) {
 
 }  // namespace
 
-UnitTrainer::UnitTrainer(const std::string& level, Type type, int threads)
-    : level_(level), kernels_(&product_kernels_for(level, type)), train_(nullptr), type_(type), team_(threads) {
+UnitTrainer::UnitTrainer(const std::string& level, Type type, int threads, const OpenMp& host)
+    : level_(level), kernels_(&product_kernels_for(level, type)), train_(nullptr), type_(type), team_(threads),
+      host_(host), owner_(process_id()) {
   train_ = train_kernels_for(level, type, kernels_->matrix_type);
   if (train_ == nullptr) throw std::invalid_argument("'" + level + "' has no kernels to train with in this type");
   if (threads < 1 || threads > 1024) throw std::invalid_argument("expected 1 to 1024 threads");
@@ -137,11 +142,40 @@ std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int
 template <class Work>
 void UnitTrainer::on_threads(Work&& work) {
   Barrier barrier(team_.size());
-  team_.run([&](int thread) {
+  const std::function<void(int)> task = [&](int thread) {
     if (kernels_->begin_thread != nullptr) kernels_->begin_thread();
     work(thread, barrier);
     if (kernels_->end_thread != nullptr) kernels_->end_thread();
-  });
+  };
+  // That runtime's threads are not there in a forked process.
+  if (team_.size() > 1 && host_.parallel != nullptr && owner_ == process_id()) {
+    struct Call {
+      const std::function<void(int)>& task;
+      const OpenMp& host;
+      int threads;
+      std::atomic<bool> other_size{false};
+      std::mutex mutex;
+      std::exception_ptr error;
+    } call{.task = task, .host = host_, .threads = team_.size(), .mutex = {}, .error = {}};
+    host_.parallel(
+        [](void* data) {
+          Call& mine = *static_cast<Call*>(data);
+          if (mine.host.thread_count() != mine.threads) {  // as inside of another parallel region
+            mine.other_size = true;
+            return;
+          }
+          try {
+            mine.task(mine.host.thread_number());
+          } catch (...) {
+            const std::lock_guard lock(mine.mutex);
+            if (!mine.error) mine.error = std::current_exception();
+          }
+        },
+        &call, static_cast<unsigned>(call.threads), 0);
+    if (call.error) std::rethrow_exception(call.error);
+    if (!call.other_size) return;
+  }
+  team_.run(task);
 }
 
 // Room for the packed weights, and the filters [C][9] as [groups][9][16].

@@ -60,10 +60,18 @@ struct UnitBackArgs {
   float* sums = nullptr;               // [2][in_channels], as `gradient_sums` would give them for the input
 };
 
+// The entry points of an OpenMP runtime that somebody else works with in this process, as GNU's has them; or nulls. Two
+// runtimes on the same cores disturb each other: one's threads spin for the next task while the other's have work.
+struct OpenMp {
+  void (*parallel)(void (*task)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*thread_number)() = nullptr;
+  int (*thread_count)() = nullptr;
+};
+
 class UnitTrainer {
  public:
   // Throws std::invalid_argument for a level without kernels for the type.
-  UnitTrainer(const std::string& level, Type type, int threads);
+  UnitTrainer(const std::string& level, Type type, int threads, const OpenMp& host = {});
 
   std::int64_t blocked_bytes(int channels, const BatchShape& shape) const;
 
@@ -120,6 +128,8 @@ class UnitTrainer {
   Type type_;
   ProcessMutex mutex_;
   Team team_;
+  OpenMp host_;
+  long owner_;  // the process in which that runtime has its threads
   std::vector<Worker> workers_;
   Buffer weights_, filters_, zeros_;  // of the unit at hand, packed
   std::int64_t panel_bytes_ = 0;

@@ -42,7 +42,7 @@ _OTHER_LEVELS: tuple[str, ...] = ("scalar",)
 _PART_OF = {"avx512_vnni": "avx512", "avx512_bf16": "avx512"}
 
 # The interface of the extension that this version of the package works with: `kInterface` in bindings.cpp.
-_INTERFACE = 4
+_INTERFACE = 5
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -208,14 +208,18 @@ def new_network(precision: Precision, channels: int, threads: int, *, latency: b
     return network
 
 
-def new_unit_trainer(level: str, precision: Precision, threads: int) -> UnitTrainer:
+def new_unit_trainer(
+    level: str, precision: Precision, threads: int, openmp: tuple[int, int, int] = (0, 0, 0)
+) -> UnitTrainer:
     """What trains separable units with these kernels; see `_native.pyi`.
+
+    `openmp` are the addresses of an OpenMP runtime's entry points, whose threads it shall share; see `ops.openmp`.
 
     Raises ConfigError where the extension is missing.
     """
     if _native is None:
         raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
-    trainer: UnitTrainer = _native.UnitTrainer(level, precision, threads)
+    trainer: UnitTrainer = _native.UnitTrainer(level, precision, threads, openmp)
     return trainer
 
 

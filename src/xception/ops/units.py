@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from xception.ops import backend, reference
+from xception.ops.openmp import torch_openmp
 from xception.ops.reference import PoolSampling as PoolSampling
 from xception.ops.reference import Unit as Unit
 
@@ -144,7 +145,7 @@ class _Plan:
 
 @lru_cache(maxsize=16)
 def _trainer(level: str, kind: backend.Precision, threads: int) -> UnitTrainer:
-    return backend.new_unit_trainer(level, kind, threads)
+    return backend.new_unit_trainer(level, kind, threads, torch_openmp())
 
 
 class _SeparableUnits(torch.autograd.Function):
