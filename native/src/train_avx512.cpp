@@ -1,24 +1,3 @@
-#include <math.h>
-
 #define XCEPTION_LEVEL avx512
 #include "vector_avx512.hpp"
-#include "train_kernels_table.hpp"
-#include "train_vector.hpp"
-
-namespace xception::avx512 {
-namespace {
-
-#include "producers.hpp"
-#include "multiply.hpp"
-#include "train_kernels.hpp"
-
-constexpr TrainKernels kTables[] = {train_table<float, float, DotFloat>(), train_table<bf16, float, DotFloat>()};
-
-}  // namespace
-
-const TrainKernels* train_kernels(Type type, Type matrix) {
-  if (matrix != Type::f32 || type == Type::f16) return nullptr;
-  return &kTables[type == Type::bf16 ? 1 : 0];
-}
-
-}  // namespace xception::avx512
+#include "train_floats.hpp"

@@ -110,8 +110,8 @@ def _contrasts(outcome: Outcome) -> str:
         rows.append([says, *values, f"{judged.verdict}: {escape(judged.why)}"])
     note = (
         "<p>Differences in percentage points. Intervals are the middle 95 % of 2,000 bootstrap replicates, which draw "
-        "images and seeds again; those of whole learning curves draw seeds alone. With three seeds an interval knows "
-        "little about other seeds.</p>"
+        "images and seeds again; those of whole learning curves draw seeds alone. With two or three seeds an "
+        "interval knows little about other seeds.</p>"
     )
     return table(["contrast", "difference", "95 % interval", "verdict"], rows) + note
 

@@ -32,7 +32,7 @@ def write_tune_page(path: Path, study: Study, found: Found, importance: Mapping[
     facts = f"{found.complete} trials to the end, {found.pruned} stopped early, {found.failed} failed"
     header = f'<header><h1>{title}</h1><p class="facts">{facts}</p><p><b>{escape(told(found))}</b></p></header>'
     drawn = '<div class="plots">' + "".join(f"<figure>{svg}</figure>" for svg in plots.values() if svg) + "</div>"
-    best = table(["setting", "best"], [[escape(k), escape(v)] for k, v in found.best_params.items()])
+    best = table(["setting", "best"], [[escape(k), escape(_short(v))] for k, v in found.best_params.items()])
     rows = [
         [
             str(trial.number),

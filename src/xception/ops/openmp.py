@@ -7,19 +7,25 @@ have to share them with the spinning ones, on both sides: training small images 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 NONE = (0, 0, 0)
+_PROCESS = os.getpid()
 
 
-@lru_cache(maxsize=1)
 def torch_openmp() -> tuple[int, int, int]:
     """The addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in the runtime that torch has loaded.
 
-    Zeros where torch runs on another one, or on none.
+    Zeros where torch runs on another one, or on none; and in a forked process, where the runtime's threads are not.
     """
+    return _find() if os.getpid() == _PROCESS else NONE
+
+
+@lru_cache(maxsize=1)
+def _find() -> tuple[int, int, int]:
     if not sys.platform.startswith("linux"):
         return NONE
     import torch

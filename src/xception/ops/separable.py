@@ -2,7 +2,7 @@
 
 Which path is taken is decided a call: the kernels where the backend allows them, the tensors are float32 on the CPU, no
 gradient is wanted, and the options are ones that they have; plain PyTorch everywhere else. Both are the same operation
-to within rounding, and both are torch.library operators (`torch.ops.xception.*`) with fake implementations and
+to within rounding, and both are operators of PyTorch's (`torch.ops.xception.*`) with fake implementations and
 autograd, so that `torch.compile` and `torch.export` see one node.
 """
 

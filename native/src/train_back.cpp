@@ -1,0 +1,239 @@
+// Units backward: through the normalisation, the products and the depthwise convolution.
+#include <algorithm>
+
+#include "train.hpp"
+#include "train_pieces.hpp"
+
+namespace xception {
+
+namespace {
+
+constexpr std::int64_t kPaddedBytes = 96 << 10;  // of a padded map: there are two of them
+// Pixels that are summed at once into the weights' gradient, which is read and written for them all.
+constexpr int kOuterPixels = 512;
+
+}  // namespace
+
+void UnitTrainer::gradient_sums(const BatchShape& shape, int channels, std::byte* z, const Affine& norm,
+                                const float* mean, const MapOf& gradient, float* sums) {
+  const std::lock_guard lock(mutex_);
+  const PaddedAffine padded(norm, channels);
+  const std::vector<float> means = per_channel(mean, channels);
+  const int stride = padded_channels(channels);
+  std::vector<float> parts(index_of(shape.images * 2 * stride));
+  on_threads([&](int thread, Barrier& barrier) {
+    const Range images = share(shape.images, thread, team_.size());
+    MapArgs args{.z = blocked(z, channels, shape.pixels()), .gradient = pixels_of(gradient, channels, shape.pixels()),
+                 .scale = padded.affine.scale, .shift = padded.affine.shift, .mean = means.data(), .stride = stride,
+                 .relu = norm.relu, .last_group = stride / kGroup, .pixels = static_cast<int>(shape.image_pixels())};
+    for (int image = images.begin; image < images.end; ++image) {
+      args.first_pixel = image * shape.image_pixels();
+      args.sums = parts.data() + image * 2 * stride;
+      train_->gradient_sums(args);
+    }
+    barrier.wait();
+    const Range mine = share(channels, thread, team_.size());
+    for (int row = 0; row < 2; ++row)
+      for (int c = mine.begin; c < mine.end; ++c) {
+        double sum = 0;
+        for (int image = 0; image < shape.images; ++image) sum += parts[index_of((image * 2 + row) * stride + c)];
+        sums[row * channels + c] = static_cast<float>(sum);
+      }
+  });
+}
+
+void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, int first_image,
+                                 int images, Worker& worker) const {
+  const UnitArgs& unit = args.unit;
+  const BatchShape& shape = unit.shape;
+  const int pad = unit.dilation, stride = padded_channels(unit.in_channels);
+  const Pixels input = pixels_of(unit.input, unit.in_channels, shape.pixels());
+  const Pixels gradient = blocked(worker.gradient.data(), unit.in_channels, images * shape.image_pixels());
+  const std::int64_t row_bytes = static_cast<std::int64_t>(shape.width + 2 * pad) * kLineBytes;
+  const auto most_rows = static_cast<int>(std::clamp<std::int64_t>(kPaddedBytes / row_bytes - 2 * pad, 1, shape.height));
+  const int bands = ceil_div(shape.height, most_rows);
+  FilterBackArgs back{.padded = floats(worker.padded), .gradient = floats(worker.padded_gradient), .width = shape.width,
+                      .dilation = pad, .relu = load.relu,
+                      .output = pixels_of({args.input_gradient, unit.input.blocked}, unit.in_channels, shape.pixels()),
+                      .residual = channels_last(args.residual, unit.in_channels), .mean = mean};
+  if (args.in_mean != nullptr) back.z = input;
+  for (int g = 0; g < ceil_div(unit.in_channels, kGroup); ++g)
+    for (int i = 0; i < images; ++i)
+      for (int band = 0; band < bands; ++band) {
+        const Range rows = share(shape.height, band, bands);
+        FillArgs fill{.input = input, .group = g, .height = shape.height, .width = shape.width, .pad = pad,
+                      .first_row = rows.begin, .rows = rows.end - rows.begin, .scale = load.scale, .shift = load.shift,
+                      .relu = load.relu, .padded = floats(worker.padded)};
+        fill.first_pixel = (first_image + i) * shape.image_pixels();
+        train_->fill(fill);
+        fill.input = gradient;
+        fill.first_pixel = i * shape.image_pixels();
+        fill.scale = fill.shift = nullptr;
+        fill.relu = false;
+        fill.padded = floats(worker.padded_gradient);
+        train_->fill(fill);
+        back.group = g;
+        back.rows = rows.end - rows.begin;
+        back.filter = floats(filters_) + g * kTaps * kGroup;
+        back.first_pixel = (first_image + i) * shape.image_pixels() + static_cast<std::int64_t>(rows.begin) * shape.width;
+        back.filter_gradient = floats(worker.filter_gradient) + g * kTaps * kGroup;
+        float both[2 * kGroup] = {};
+        back.sums = both;
+        train_->filter_back(back);
+        float* sums = floats(worker.sums) + g * kGroup;
+        for (int lane = 0; lane < kGroup; ++lane) {
+          sums[lane] += both[lane];
+          sums[stride + lane] += both[kGroup + lane];
+        }
+      }
+  // The last group of a blocked map has a neighbour that nobody else writes.
+  if (args.input_gradient != nullptr && unit.input.blocked)
+    for (int g = ceil_div(unit.in_channels, kGroup); g < stride / kGroup; ++g)
+      for (std::int64_t p = 0; p < images * shape.image_pixels(); ++p) {
+        const Pixels& out = back.output;
+        const std::int64_t pixel = first_image * shape.image_pixels() + p;
+        std::byte* at = out.data + (g / out.groups) * out.block + (g % out.groups) * kGroup * bytes_of(type_) + pixel * out.pixel;
+        std::fill_n(at, kGroup * bytes_of(type_), std::byte{0});
+      }
+}
+
+void UnitTrainer::backward(const UnitBackArgs& args) {
+  const std::lock_guard lock(mutex_);
+  const UnitArgs& unit = args.unit;
+  const BatchShape& shape = unit.shape;
+  const int in = unit.in_channels, out = unit.out_channels, threads = team_.size();
+  const PaddedAffine load(unit.load, in), output(args.output, out);
+  const std::vector<float> factors = per_channel(args.factors, out, 3), means = per_channel(args.in_mean, in);
+  const int in_stride = padded_channels(in), out_stride = padded_channels(out);
+  const int in_groups = line_groups(in), out_groups = line_groups(out);
+  const bool pairs = kernels_->matrix_type != Type::f32;
+  const bool weights_wanted = args.weight_gradient != nullptr;
+  reserve_weights(unit, /*transposed=*/true);
+
+  // A task is what stays together from the product to the depthwise convolution: whole images.
+  struct Task {
+    int image, images;
+    std::vector<Strip> strips;
+  };
+  const auto pixels_of_strip = [&](const Strip& strip) {
+    return static_cast<std::int64_t>(strip.images) * strip.rows * shape.width;
+  };
+  const int widest = std::max(in, out);
+  const auto together = static_cast<int>(std::max<std::int64_t>(kOuterPixels / shape.image_pixels(), 1));
+  std::vector<std::vector<Task>> mine(index_of(threads));
+  std::int64_t capacity = 1;  // pixels of the matrices of one thread
+  std::int64_t task_images = 1;
+  for (int t = 0; t < threads; ++t) {
+    const Range images = share(shape.images, t, threads);
+    const int tasks = ceil_div(images.end - images.begin, together);
+    for (int i = 0; i < tasks; ++i) {
+      const Range part = share(images.end - images.begin, i, tasks);
+      const int first = images.begin + part.begin, count = part.end - part.begin;
+      mine[index_of(t)].push_back({first, count, strips(shape, widest, first, first + count)});
+      task_images = std::max<std::int64_t>(task_images, count);
+      for (const Strip& strip : mine[index_of(t)].back().strips) capacity = std::max(capacity, pixels_of_strip(strip));
+      capacity = std::max(capacity, std::min<std::int64_t>(count * shape.image_pixels(), kOuterPixels));
+    }
+  }
+  const int step_unit = train_->step_unit;
+  const auto steps_of = [&](std::int64_t pixels) {
+    return ceil_div(static_cast<int>((pixels + 1) / 2), step_unit) * step_unit;
+  };
+  const std::int64_t pair_group = spread(steps_of(capacity) * std::int64_t{kLineBytes});
+  for (int t = 0; t < threads; ++t) {
+    Worker& worker = workers_[index_of(t)];
+    const int pad = 2 * unit.dilation;
+    const std::int64_t band = std::max(kPaddedBytes, (1 + pad) * (shape.width + pad) * std::int64_t{kLineBytes});
+    const std::int64_t whole = (shape.height + pad) * static_cast<std::int64_t>(shape.width + pad) * kLineBytes;
+    reserve(worker.padded, bytes_for(std::max(whole, band)));
+    reserve(worker.padded_gradient, bytes_for(band));
+    const std::int64_t line = spread(capacity * kLineBytes);
+    reserve(worker.left, bytes_for(out_groups * line) + kSlack);
+    reserve(worker.right, bytes_for(in_groups * line) + kSlack);
+    if (pairs && weights_wanted) {
+      reserve(worker.left_pairs, bytes_for(out_groups * pair_group));
+      reserve(worker.right_pairs, bytes_for(in_groups * pair_group));
+    }
+    reserve(worker.gradient, bytes_for(in_stride / kGroup * spread(task_images * shape.image_pixels() * kLineBytes)) + kSlack);
+    reserve(worker.workspace, kWorkspace);
+    if (weights_wanted) clear(worker.weight_gradient, bytes_for(static_cast<std::int64_t>(out_groups) * kGroup * in_groups * kGroup, sizeof(float)));
+    clear(worker.filter_gradient, bytes_for(in_groups * kTaps * kGroup, sizeof(float)));
+    clear(worker.sums, bytes_for(2 * in_stride, sizeof(float)));
+  }
+  const Pixels input = pixels_of(unit.input, in, shape.pixels());
+
+  on_threads([&](int thread, Barrier& barrier) {
+    Worker& worker = workers_[index_of(thread)];
+    pack(unit.weights, out, in, true, thread);
+    barrier.wait();
+    const Pixels left = lines(worker.left.data(), capacity), right = lines(worker.right.data(), capacity);
+    const auto add_outer = [&](std::int64_t pixels) {
+      OuterArgs outer{.left = left.data, .left_group = left.block, .left_groups = out_groups, .right = right.data,
+                      .right_group = right.block, .right_groups = in_groups, .steps = static_cast<int>(pixels),
+                      .output = floats(worker.weight_gradient)};
+      if (pairs) {
+        outer.steps = steps_of(pixels);
+        PairArgs both{.lines = left.data, .block = left.block, .blocks = out_groups / 2,
+                      .pixels = static_cast<int>(pixels), .steps = outer.steps, .pairs = worker.left_pairs.data(),
+                      .group = pair_group};
+        train_->left_pairs(both);
+        both.lines = right.data;
+        both.blocks = in_groups / 2;
+        both.pairs = worker.right_pairs.data();
+        train_->right_pairs(both);
+        outer.left = worker.left_pairs.data();
+        outer.right = worker.right_pairs.data();
+        outer.left_group = outer.right_group = pair_group;
+      }
+      train_->outer(outer);
+    };
+    for (const Task& task : mine[index_of(thread)]) {
+      const Pixels gradient = blocked(worker.gradient.data(), in, task.images * shape.image_pixels());
+      std::int64_t waiting = 0;  // pixels in the matrices that are not yet in the weights' gradient
+      for (const Strip& strip : task.strips) {
+        const std::int64_t pixels = pixels_of_strip(strip);
+        if (waiting + pixels > capacity) {
+          if (weights_wanted) add_outer(waiting);
+          waiting = 0;
+        }
+        const std::int64_t row = static_cast<std::int64_t>(strip.first_row) * shape.width;
+        MapArgs through{.z = blocked(unit.z, out, shape.pixels()),
+                        .gradient = pixels_of(args.gradient, out, shape.pixels()), .output = left,
+                        .scale = output.affine.scale, .shift = output.affine.shift, .factors = factors.data(),
+                        .stride = out_stride, .relu = args.output.relu, .last_group = out_groups,
+                        .first_pixel = strip.image * shape.image_pixels() + row, .output_pixel = waiting,
+                        .pixels = static_cast<int>(pixels)};
+        train_->gradient(through);
+        Pixels matrix = left;
+        matrix.data += waiting * kLineBytes;
+        const std::int64_t begin = (strip.image - task.image) * shape.image_pixels() + row;
+        kernels_->multiply(product(matrix, pixels, out, in, gradient, begin, worker));
+        if (weights_wanted) produce(unit, input, load.affine, strip, worker, right, waiting);
+        waiting += pixels;
+      }
+      if (weights_wanted) add_outer(waiting);
+      depthwise_back(args, load.affine, means.data(), task.image, task.images, worker);
+    }
+    barrier.wait();
+    // The threads' sums together, in their order.
+    const auto total = [&](Buffer Worker::*buffer, std::int64_t at) {
+      float sum = floats(workers_[0].*buffer)[at];
+      for (int t = 1; t < threads; ++t) sum += floats(workers_[index_of(t)].*buffer)[at];
+      return sum;
+    };
+    const Range rows = share(out, thread, threads);
+    for (int o = rows.begin; weights_wanted && o < rows.end; ++o)
+      for (int c = 0; c < in; ++c)
+        args.weight_gradient[static_cast<std::int64_t>(o) * in + c] =
+            total(&Worker::weight_gradient, static_cast<std::int64_t>(o) * in_groups * kGroup + c);
+    const Range channels = share(in, thread, threads);
+    for (int c = channels.begin; c < channels.end; ++c) {
+      for (int t = 0; t < kTaps; ++t)
+        args.filter_gradient[c * kTaps + t] = total(&Worker::filter_gradient, ((c / kGroup) * kTaps + t) * kGroup + c % kGroup);
+      for (int row = 0; args.sums != nullptr && row < 2; ++row)
+        args.sums[row * in + c] = total(&Worker::sums, row * in_stride + c);
+    }
+  });
+}
+
+}  // namespace xception
