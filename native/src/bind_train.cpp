@@ -104,6 +104,42 @@ UnitArgs unit_of(const UnitTrainer& trainer, const Sizes& sizes, int out_channel
   return unit;
 }
 
+// What is added at the end of a module: channels last as it is, or channel blocks to normalise.
+ResidualMap residual_of(const UnitTrainer& trainer, const MaybeArray& array, const MaybeArray& scale, const MaybeArray& shift,
+                        int channels, const BatchShape& shape) {
+  ResidualMap residual;
+  residual.norm = affine_of(scale, shift, channels, false);
+  if (array) residual.map = map_of(trainer, *array, channels, shape, "the residual");
+  if (residual.map.blocked != (residual.norm.scale != nullptr))
+    refuse("expected a residual in channel blocks with its normalisation, or channels last without");
+  return residual;
+}
+
+ConvArgs conv_of(const UnitTrainer& trainer, const Sizes& sizes, const Sizes& output, int kernel, int stride, int pad_top,
+                 int pad_left, const Array& input, const Array& weights, const Array& z) {
+  const BatchShape shape = shape_of(sizes), out = shape_of(output);
+  if (kernel < 1 || kernel > 16 || stride < 1 || stride > 16 || pad_top < 0 || pad_left < 0 || pad_top >= kernel ||
+      pad_left >= kernel || out.images != shape.images || (out.height - 1) * stride - pad_top >= shape.height ||
+      (out.width - 1) * stride - pad_left >= shape.width)
+    refuse("expected windows of 1 to 16 pixels that begin on the map");
+  if (kernel == 1 && (out.height != (shape.height - 1) / stride + 1 || out.width != (shape.width - 1) / stride + 1))
+    refuse("expected windows of a pixel all over the map");
+  if (weights.ndim() != 2) refuse("expected weights of two dimensions");
+  ConvArgs conv;
+  conv.images = shape.images;
+  conv.window = {.in_height = shape.height, .in_width = shape.width, .out_height = out.height, .out_width = out.width,
+                 .kernel = kernel, .stride = stride, .pad_top = pad_top, .pad_left = pad_left};
+  conv.out_channels = channels_of(static_cast<int>(std::min<std::size_t>(weights.shape(0), 1u << 17)));
+  const auto depth = static_cast<int>(std::min<std::size_t>(weights.shape(1), 1u << 24));
+  if (depth % (kernel * kernel) != 0 || (kernel > 1 && depth > kMostDepth))
+    refuse("expected weights [out][rows x columns x in], at most " + std::to_string(kMostDepth) + " of them for an output");
+  conv.in_channels = channels_of(depth / (kernel * kernel));
+  conv.input = last(trainer, input, conv.in_channels, shape, "the input");
+  conv.weights = numbers(weights, static_cast<std::int64_t>(conv.out_channels) * depth, "weights");
+  conv.z = blocks(trainer, z, conv.out_channels, out, "z");
+  return conv;
+}
+
 std::unique_ptr<UnitTrainer> make_trainer(const std::string& level, const std::string& type, int threads,
                                           const std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>& openmp) {
   if (!runs_kernels(level, type)) refuse("this processor does not run kernels for '" + level + "'");
@@ -185,20 +221,62 @@ void bind_train(nb::module_& m) {
           nb::arg("weight_gradient").noconvert().none(), nb::arg("sums").noconvert().none(),
           "All gradients of a unit, from that of its normalised output.")
       .def(
+          "convolve",
+          [](UnitTrainer& t, const Sizes& sizes, const Array& input, const Sizes& output, int kernel, int stride,
+             int pad_top, int pad_left, const Array& weights, const Array& z, const Array& mean, const Array& variance) {
+            const ConvArgs conv = conv_of(t, sizes, output, kernel, stride, pad_top, pad_left, input, weights, z);
+            float* means = numbers(mean, conv.out_channels, "mean");
+            float* variances = numbers(variance, conv.out_channels, "variance");
+            const nb::gil_scoped_release release;
+            t.convolve(conv, means, variances);
+          },
+          "sizes"_a, nb::arg("input").noconvert(), nb::kw_only(), "output"_a, "kernel"_a, "stride"_a, "pad_top"_a,
+          "pad_left"_a, nb::arg("weights").noconvert(), nb::arg("z").noconvert(), nb::arg("mean").noconvert(),
+          nb::arg("variance").noconvert(), "A regular convolution: writes z, and its mean and variance over the batch.")
+      .def(
+          "convolve_backward",
+          [](UnitTrainer& t, const Sizes& sizes, const Array& input, const Sizes& output, int kernel, int stride,
+             int pad_top, int pad_left, const Array& weights, const Array& z, const Array& gradient,
+             const MaybeArray& out_scale, const MaybeArray& out_shift, bool out_relu, const Array& factors,
+             const MaybeArray& input_gradient, bool adds, const MaybeArray& weight_gradient) {
+            ConvBackArgs args;
+            args.conv = conv_of(t, sizes, output, kernel, stride, pad_top, pad_left, input, weights, z);
+            const ConvArgs& conv = args.conv;
+            args.gradient = last(t, gradient, conv.out_channels, conv.shape(), "the gradient");
+            args.output = affine_of(out_scale, out_shift, conv.out_channels, out_relu);
+            if (out_relu && args.output.scale == nullptr) refuse("expected the normalisation before a ReLU");
+            args.factors = numbers(factors, 3 * static_cast<std::int64_t>(conv.out_channels), "factors");
+            args.input_gradient = last(t, input_gradient, conv.in_channels, conv.input_shape(), "the input's gradient");
+            args.adds = adds;
+            args.weight_gradient = numbers(weight_gradient, static_cast<std::int64_t>(conv.out_channels) * conv.depth(),
+                                           "the weights' gradient");
+            const nb::gil_scoped_release release;
+            t.convolve_backward(args);
+          },
+          "sizes"_a, nb::arg("input").noconvert(), nb::kw_only(), "output"_a, "kernel"_a, "stride"_a, "pad_top"_a,
+          "pad_left"_a, nb::arg("weights").noconvert(), nb::arg("z").noconvert(), nb::arg("gradient").noconvert(),
+          nb::arg("out_scale").noconvert().none(), nb::arg("out_shift").noconvert().none(), "out_relu"_a,
+          nb::arg("factors").noconvert(), nb::arg("input_gradient").noconvert().none(), "adds"_a,
+          nb::arg("weight_gradient").noconvert().none(),
+          "All gradients of a convolution, from that of its normalised output; the input's written, or added.")
+      .def(
           "finish",
           [](UnitTrainer& t, const Sizes& sizes, int channels, const Array& z, const Array& scale, const Array& shift,
-             bool relu, const MaybeArray& residual, const Array& output) {
+             bool relu, const MaybeArray& residual, const MaybeArray& residual_scale, const MaybeArray& residual_shift,
+             const Array& output) {
             const BatchShape shape = shape_of(sizes);
             channels_of(channels);
             std::byte* from = blocks(t, z, channels, shape, "z");
             const Affine norm = affine_of(scale, shift, channels, relu);
-            std::byte* added = last(t, residual, channels, shape, "the residual");
+            const ResidualMap added = residual_of(t, residual, residual_scale, residual_shift, channels, shape);
             std::byte* to = last(t, output, channels, shape, "the output");
             const nb::gil_scoped_release release;
             t.finish(shape, channels, from, norm, added, to);
           },
           "sizes"_a, "channels"_a, nb::kw_only(), nb::arg("z").noconvert(), nb::arg("scale").noconvert(),
-          nb::arg("shift").noconvert(), "relu"_a, nb::arg("residual").noconvert().none(), nb::arg("output").noconvert(),
+          nb::arg("shift").noconvert(), "relu"_a, nb::arg("residual").noconvert().none(),
+          nb::arg("residual_scale").noconvert().none(), nb::arg("residual_shift").noconvert().none(),
+          nb::arg("output").noconvert(),
           "The normalised map, channels last.")
       .def(
           "gradient_sums",
@@ -221,13 +299,14 @@ void bind_train(nb::module_& m) {
           "pool",
           [](UnitTrainer& t, const Sizes& sizes, int channels, const Sizes& pooled, int stride, int dilation, int pad_top,
              int pad_left, const Array& z, const Array& scale, const Array& shift, const MaybeArray& residual,
-             const Array& output, const Array& winners) {
+             const MaybeArray& residual_scale, const MaybeArray& residual_shift, const Array& output,
+             const Array& winners) {
             const BatchShape shape = shape_of(sizes), out = shape_of(pooled);
             channels_of(channels);
             const Window window = window_of(shape, pooled, stride, dilation, pad_top, pad_left);
             std::byte* from = blocks(t, z, channels, shape, "z");
             const Affine norm = affine_of(scale, shift, channels, false);
-            std::byte* added = last(t, residual, channels, out, "the residual");
+            const ResidualMap added = residual_of(t, residual, residual_scale, residual_shift, channels, out);
             std::byte* to = last(t, output, channels, out, "the output");
             if (winners.dtype() != nb::dtype<std::uint8_t>() ||
                 static_cast<std::int64_t>(winners.size()) != out.pixels() * panels_of(channels) * kPanel)
@@ -238,7 +317,8 @@ void bind_train(nb::module_& m) {
           },
           "sizes"_a, "channels"_a, nb::kw_only(), "pooled"_a, "stride"_a, "dilation"_a, "pad_top"_a, "pad_left"_a,
           nb::arg("z").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(),
-          nb::arg("residual").noconvert().none(), nb::arg("output").noconvert(), nb::arg("winners").noconvert(),
+          nb::arg("residual").noconvert().none(), nb::arg("residual_scale").noconvert().none(),
+          nb::arg("residual_shift").noconvert().none(), nb::arg("output").noconvert(), nb::arg("winners").noconvert(),
           "3x3 max-pooling of the normalised map, and which tap won.")
       .def(
           "pool_backward",

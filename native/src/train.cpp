@@ -99,18 +99,19 @@ std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int
 
 // ------------------------------------------------------------------------------------------------------- pieces
 
-// Room for the packed weights, and the filters [C][9] as [groups][9][16].
-void UnitTrainer::reserve_weights(const UnitArgs& args, bool transposed) {
-  const int depth = transposed ? args.out_channels : args.in_channels;
-  const int out = transposed ? args.in_channels : args.out_channels;
+// Room for packed weights, and a bias of zeros.
+void UnitTrainer::reserve_weights(int depth, int out_channels) {
   const int per_step = kernels_->matrix_type == Type::f32 ? 1 : 2;
   const int unit = kernels_->depth_unit;
   const int steps = ceil_div(ceil_div(depth, unit) * unit, per_step);
   panel_bytes_ = static_cast<std::int64_t>(steps) * 2 * kLineBytes;
-  reserve(weights_, bytes_for(panels_of(out) * panel_bytes_));
-  if (zeros_.size() < bytes_for(padded_channels(out), sizeof(float)))
-    clear(zeros_, bytes_for(padded_channels(out), sizeof(float)));
+  reserve(weights_, bytes_for(panels_of(out_channels) * panel_bytes_));
+  if (zeros_.size() < bytes_for(padded_channels(out_channels), sizeof(float)))
+    clear(zeros_, bytes_for(padded_channels(out_channels), sizeof(float)));
+}
 
+// The filters [C][9] as [groups][9][16].
+void UnitTrainer::pack_filters(const UnitArgs& args) {
   const int groups = line_groups(args.in_channels);
   reserve(filters_, bytes_for(groups * kTaps * kGroup, sizeof(float)));
   float* to = floats(filters_);
@@ -125,30 +126,19 @@ void UnitTrainer::reserve_weights(const UnitArgs& args, bool transposed) {
 // This thread's panels of the weights [out][in], as the product wants them; or of their transpose.
 void UnitTrainer::pack(const float* weights, int out_channels, int in_channels, bool transposed, int thread) {
   const int depth = transposed ? out_channels : in_channels, out = transposed ? in_channels : out_channels;
-  const Type type = kernels_->matrix_type;
-  const int per_step = type == Type::f32 ? 1 : 2;
   const auto steps = static_cast<int>(panel_bytes_ / (2 * kLineBytes));
-  const std::int64_t along = transposed ? in_channels : 1, across = transposed ? 1 : in_channels;
   const Range panels = share(panels_of(out), thread, team_.size());
-  constexpr int kChunk = 16;  // steps: their place in the panel stays in the first-level cache
   for (int p = panels.begin; p < panels.end; ++p) {
-    std::byte* panel = weights_.data() + p * panel_bytes_;
-    const int valid = std::min(kPanel, out - p * kPanel);
-    for (int begin = 0; begin < steps; begin += kChunk) {
-      const int end = std::min(begin + kChunk, steps);
-      for (int n = 0; n < kPanel; ++n) {
-        const float* from = weights + static_cast<std::int64_t>(p * kPanel + n) * across;
-        for (int s = begin; s < end; ++s)
-          for (int j = 0; j < per_step; ++j) {
-            const int k = s * per_step + j;
-            const float value = n < valid && k < depth ? from[k * along] : 0.0f;
-            std::byte* to = panel + s * 2 * kLineBytes + (n * per_step + j) * bytes_of(type);
-            if (type == Type::f32)
-              *reinterpret_cast<float*>(to) = value;
-            else
-              *reinterpret_cast<std::uint16_t*>(to) = to_bf16(value).bits;
-          }
-      }
+    PackArgs args{.depth = depth, .steps = steps, .columns = std::min(kPanel, out - p * kPanel),
+                  .panel = weights_.data() + p * panel_bytes_};
+    if (transposed) {  // step k's numbers lie side by side
+      args.weights = weights + p * kPanel;
+      args.stride = in_channels;
+      train_->pack_transposed(args);
+    } else {
+      args.weights = weights + static_cast<std::int64_t>(p) * kPanel * in_channels;
+      args.stride = in_channels;
+      train_->pack(args);
     }
   }
 }
@@ -157,18 +147,20 @@ void UnitTrainer::pack(const float* weights, int out_channels, int in_channels, 
 void UnitTrainer::produce(const UnitArgs& args, const Pixels& input, const Affine& load, const Strip& strip,
                           Worker& worker, const Pixels& output, std::int64_t first_pixel) const {
   const BatchShape& shape = args.shape;
-  const int groups = line_groups(args.in_channels);
-  for (int g = 0; g < groups; ++g)
-    for (int i = 0; i < strip.images; ++i) {
+  const int groups = line_groups(args.in_channels), beside = lane_count(type_) / kGroup;
+  for (int first = 0; first < groups; first += beside)
+    for (int i = 0; i < strip.images * beside; ++i) {  // groups whose numbers share cache lines one after the other
+      const int g = first + i % beside, image = i / beside;
+      if (g >= groups) continue;
       FillArgs fill{.input = input, .group = g, .height = shape.height, .width = shape.width, .pad = args.dilation,
                     .first_row = strip.first_row, .rows = strip.rows, .scale = load.scale, .shift = load.shift,
                     .relu = load.relu, .padded = floats(worker.padded)};
-      fill.first_pixel = (strip.image + i) * shape.image_pixels();
+      fill.first_pixel = (strip.image + image) * shape.image_pixels();
       train_->fill(fill);
       FilterArgs filter{.padded = floats(worker.padded), .filter = floats(filters_) + g * kTaps * kGroup,
                         .width = shape.width, .rows = strip.rows, .dilation = args.dilation, .output = output,
                         .group = g};
-      filter.first_pixel = first_pixel + static_cast<std::int64_t>(i) * strip.rows * shape.width;
+      filter.first_pixel = first_pixel + static_cast<std::int64_t>(image) * strip.rows * shape.width;
       train_->filter(filter);
     }
 }
@@ -197,40 +189,72 @@ void UnitTrainer::forward(const UnitArgs& args, float* mean, float* variance) {
   const std::lock_guard lock(mutex_);
   const BatchShape& shape = args.shape;
   const PaddedAffine load(args.load, args.in_channels);
-  reserve_weights(args, /*transposed=*/false);
-  const int stride = padded_channels(args.out_channels), threads = team_.size();
+  const Pixels input = pixels_of(args.input, args.in_channels, shape.pixels());
+  pack_filters(args);
+  const auto room = [&](Worker& worker, int rows) {
+    const int pad = 2 * args.dilation;
+    reserve(worker.padded, bytes_for(static_cast<std::int64_t>(rows + pad) * (shape.width + pad) * kGroup, sizeof(float)));
+  };
+  const auto depthwise = [&](const Strip& strip, Worker& worker, const Pixels& matrix) {
+    produce(args, input, load.affine, strip, worker, matrix, 0);
+  };
+  product_pass(shape, args.in_channels, args.out_channels, args.weights, args.z, mean, variance, room, depthwise);
+}
+
+void UnitTrainer::convolve(const ConvArgs& args, float* mean, float* variance) {
+  const std::lock_guard lock(mutex_);
+  const auto windows = [&](const Strip& strip, Worker&, const Pixels& matrix) { windows_of(args, strip, matrix, 0); };
+  product_pass(args.shape(), args.depth(), args.out_channels, args.weights, args.z, mean, variance,
+               [](Worker&, int) {}, windows);
+}
+
+void UnitTrainer::windows_of(const ConvArgs& args, const Strip& strip, const Pixels& output, std::int64_t first_pixel) const {
+  WindowArgs windows{.input = channels_last(args.input, args.in_channels), .window = args.window,
+                     .first_row = strip.first_row, .rows = strip.rows, .output = output, .groups = line_groups(args.depth())};
+  for (int i = 0; i < strip.images; ++i) {
+    windows.image = strip.image + i;
+    windows.output_pixel = first_pixel + static_cast<std::int64_t>(i) * strip.rows * args.window.out_width;
+    train_->windows(windows);
+  }
+}
+
+// z, strip by strip: `produce` writes the strip's matrix. And z's mean and variance.
+template <class Room, class Produce>
+void UnitTrainer::product_pass(const BatchShape& shape, int depth, int out_channels, const float* weights, std::byte* to_z,
+                               float* mean, float* variance, Room&& room, Produce&& produce) {
+  reserve_weights(depth, out_channels);
+  const int stride = padded_channels(out_channels), threads = team_.size();
   std::vector<std::vector<Strip>> mine(index_of(threads));
   std::vector<std::size_t> first(index_of(threads) + 1, 0);
   for (int t = 0; t < threads; ++t) {
     const Range images = share(shape.images, t, threads);
-    mine[index_of(t)] = strips(shape, args.in_channels, images.begin, images.end);
+    mine[index_of(t)] = strips(shape, depth, images.begin, images.end);
     first[index_of(t) + 1] = first[index_of(t)] + mine[index_of(t)].size();
-    std::int64_t rows = 1, pixels = 1;
+    int rows = 1;
+    std::int64_t pixels = 1;
     for (const Strip& strip : mine[index_of(t)]) {
-      rows = std::max<std::int64_t>(rows, strip.rows);
+      rows = std::max(rows, strip.rows);
       pixels = std::max<std::int64_t>(pixels, static_cast<std::int64_t>(strip.images) * strip.rows * shape.width);
     }
     Worker& worker = workers_[index_of(t)];
-    const int pad = 2 * args.dilation;
-    reserve(worker.padded, bytes_for((rows + pad) * (shape.width + pad) * kGroup, sizeof(float)));
-    reserve(worker.left, bytes_for(line_groups(args.in_channels) * spread(pixels * kLineBytes)) + kSlack);
+    room(worker, rows);
+    reserve(worker.left, bytes_for(line_groups(depth) * spread(pixels * kLineBytes)) + kSlack);
     reserve(worker.workspace, kWorkspace);
   }
   std::vector<float> sums(first.back() * 2 * index_of(stride));
-  const Pixels input = pixels_of(args.input, args.in_channels, shape.pixels());
-  const Pixels z = blocked(args.z, args.out_channels, shape.pixels());
+  const Pixels z = blocked(to_z, out_channels, shape.pixels());
 
   on_threads([&](int thread, Barrier& barrier) {
     Worker& worker = workers_[index_of(thread)];
-    pack(args.weights, args.out_channels, args.in_channels, false, thread);
+    pack(weights, out_channels, depth, false, thread);
     barrier.wait();
     float* to = sums.data() + first[index_of(thread)] * 2 * index_of(stride);
     for (const Strip& strip : mine[index_of(thread)]) {
       const std::int64_t pixels = static_cast<std::int64_t>(strip.images) * strip.rows * shape.width;
       const Pixels matrix = lines(worker.left.data(), pixels);
-      produce(args, input, load.affine, strip, worker, matrix, 0);
+      produce(strip, worker, matrix);
       const std::int64_t begin = strip.image * shape.image_pixels() + static_cast<std::int64_t>(strip.first_row) * shape.width;
-      kernels_->multiply(product(matrix, pixels, args.in_channels, args.out_channels, z, begin, worker));
+      kernels_->multiply(product(matrix, pixels, depth, out_channels, z, begin, worker));
       MapArgs statistics{.z = z, .stride = stride, .last_group = stride / kGroup, .first_pixel = begin,
                          .pixels = static_cast<int>(pixels), .sums = to};
       train_->statistics(statistics);
@@ -238,7 +262,7 @@ void UnitTrainer::forward(const UnitArgs& args, float* mean, float* variance) {
     }
     barrier.wait();
     // Each strip's mean and squared distances joined, pairwise and in order (Chan, Golub and LeVeque, 1979).
-    const Range channels = share(args.out_channels, thread, threads);
+    const Range channels = share(out_channels, thread, threads);
     for (int c = channels.begin; c < channels.end; ++c) {
       double count = 0, centre = 0, squares = 0;
       const float* from = sums.data() + c;
@@ -257,15 +281,15 @@ void UnitTrainer::forward(const UnitArgs& args, float* mean, float* variance) {
   });
 }
 
-void UnitTrainer::finish(const BatchShape& shape, int channels, std::byte* z, const Affine& norm, std::byte* residual,
-                         std::byte* output) {
+void UnitTrainer::finish(const BatchShape& shape, int channels, std::byte* z, const Affine& norm,
+                         const ResidualMap& residual, std::byte* output) {
   const std::lock_guard lock(mutex_);
-  const PaddedAffine padded(norm, channels);
+  const PaddedAffine padded(norm, channels), other(residual.norm, channels);
   on_threads([&](int thread, Barrier&) {
     const Range images = share(shape.images, thread, team_.size());
-    MapArgs args{.z = blocked(z, channels, shape.pixels()), .residual = channels_last(residual, channels),
+    MapArgs args{.z = blocked(z, channels, shape.pixels()), .residual = pixels_of(residual.map, channels, shape.pixels()),
                  .output = channels_last(output, channels), .scale = padded.affine.scale, .shift = padded.affine.shift,
-                 .relu = norm.relu, .last_group = padded_channels(channels) / kGroup,
+                 .residual_scale = other.affine.scale, .residual_shift = other.affine.shift, .relu = norm.relu, .last_group = padded_channels(channels) / kGroup,
                  .first_pixel = images.begin * shape.image_pixels()};
     args.pixels = static_cast<int>((images.end - images.begin) * shape.image_pixels());
     train_->finish(args);
@@ -273,15 +297,16 @@ void UnitTrainer::finish(const BatchShape& shape, int channels, std::byte* z, co
 }
 
 void UnitTrainer::pool(const BatchShape& shape, int channels, const Window& window, std::byte* z, const Affine& norm,
-                       std::byte* residual, std::byte* output, std::uint8_t* winners) {
+                       const ResidualMap& residual, std::byte* output, std::uint8_t* winners) {
   const std::lock_guard lock(mutex_);
-  const PaddedAffine padded(norm, channels);
+  const PaddedAffine padded(norm, channels), other(residual.norm, channels);
   const std::int64_t out_pixels = static_cast<std::int64_t>(shape.images) * window.out_height * window.out_width;
   on_threads([&](int thread, Barrier&) {
     const Range images = share(shape.images, thread, team_.size());
     PoolTrainArgs args{.z = blocked(z, channels, shape.pixels()), .scale = padded.affine.scale,
-                       .shift = padded.affine.shift, .window = window, .residual = channels_last(residual, channels),
-                       .output = channels_last(output, channels), .winners = winners,
+                       .shift = padded.affine.shift, .window = window,
+                       .residual = pixels_of(residual.map, channels, out_pixels), .residual_scale = other.affine.scale,
+                       .residual_shift = other.affine.shift, .output = channels_last(output, channels), .winners = winners,
                        .winner_group = out_pixels * kGroup, .last_group = padded_channels(channels) / kGroup};
     for (args.image = images.begin; args.image < images.end; ++args.image) train_->pool(args);
   });

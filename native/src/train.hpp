@@ -60,6 +60,36 @@ struct UnitBackArgs {
   float* sums = nullptr;               // [2][in_channels], as `gradient_sums` would give them for the input
 };
 
+// A convolution that is not separable, a stem's or a shortcut's. Maps are channels last. Windows of a pixel have no
+// padding; larger ones at most kMostDepth numbers.
+struct ConvArgs {
+  int images = 0;
+  Window window;
+  int in_channels = 0, out_channels = 0;
+  std::byte* input = nullptr;
+  const float* weights = nullptr;  // [out_channels][kernel][kernel][in_channels]
+  std::byte* z = nullptr;          // blocked
+  BatchShape input_shape() const { return {images, window.in_height, window.in_width}; }
+  BatchShape shape() const { return {images, window.out_height, window.out_width}; }
+  int depth() const { return window.kernel * window.kernel * in_channels; }
+};
+
+struct ConvBackArgs {
+  ConvArgs conv;
+  std::byte* gradient = nullptr;        // of the normalised output, channels last
+  Affine output;                        // as in UnitBackArgs
+  const float* factors = nullptr;       // likewise
+  std::byte* input_gradient = nullptr;  // channels last, or null
+  bool adds = false;                    // to what is there
+  float* weight_gradient = nullptr;     // laid out as the weights; or null
+};
+
+// A map that ends a module beside its own: as it is, or normalised.
+struct ResidualMap {
+  MapOf map;
+  Affine norm;
+};
+
 // The entry points of an OpenMP runtime that somebody else works with in this process, as GNU's has them; or nulls. Two
 // runtimes on the same cores disturb each other: one's threads spin for the next task while the other's have work.
 struct OpenMp {
@@ -67,6 +97,8 @@ struct OpenMp {
   int (*thread_number)() = nullptr;
   int (*thread_count)() = nullptr;
 };
+
+struct PaddedAffine;
 
 class UnitTrainer {
  public:
@@ -79,15 +111,19 @@ class UnitTrainer {
   void forward(const UnitArgs& args, float* mean, float* variance);
   void backward(const UnitBackArgs& args);
 
+  // The same of a convolution.
+  void convolve(const ConvArgs& args, float* mean, float* variance);
+  void convolve_backward(const ConvBackArgs& args);
+
   // Channels last: the normalised map [+ residual].
-  void finish(const BatchShape& shape, int channels, std::byte* z, const Affine& norm, std::byte* residual,
+  void finish(const BatchShape& shape, int channels, std::byte* z, const Affine& norm, const ResidualMap& residual,
               std::byte* output);
   // [2][channels]: the sum of the gradient behind the normalisation, and of gradient * (z - mean).
   void gradient_sums(const BatchShape& shape, int channels, std::byte* z, const Affine& norm, const float* mean,
                      const MapOf& gradient, float* sums);
   // The pooled normalised map [+ residual], channels last, and which tap won: [channels padded / 16][pixels][16].
   void pool(const BatchShape& shape, int channels, const Window& window, std::byte* z, const Affine& norm,
-            std::byte* residual, std::byte* output, std::uint8_t* winners);
+            const ResidualMap& residual, std::byte* output, std::uint8_t* winners);
   // To the normalised map's gradient, blocked.
   void pool_backward(const BatchShape& shape, int channels, const Window& window, std::byte* gradient,
                      std::uint8_t* winners, std::byte* input_gradient);
@@ -118,7 +154,20 @@ class UnitTrainer {
   MultiplyArgs product(const Pixels& matrix, std::int64_t pixels, int depth, int out_channels, const Pixels& output,
                        std::int64_t first_pixel, Worker& worker) const;
   void pack(const float* weights, int out_channels, int depth, bool transposed, int thread);
-  void reserve_weights(const UnitArgs& args, bool transposed);
+  void reserve_weights(int depth, int out_channels);
+  void pack_filters(const UnitArgs& args);
+  template <class Room, class Produce>
+  void product_pass(const BatchShape& shape, int depth, int out_channels, const float* weights, std::byte* z, float* mean,
+                    float* variance, Room&& room, Produce&& produce);
+  int steps_of(std::int64_t pixels) const;
+  void add_outer(std::int64_t pixels, int out_channels, int depth, std::int64_t capacity, Worker& worker) const;
+  void reserve_outer(int out_channels, int depth, std::int64_t capacity, Worker& worker) const;
+  void total_weights(float* to, int out_channels, int depth, int thread) const;
+  void windows_of(const ConvArgs& args, const Strip& strip, const Pixels& output, std::int64_t first_pixel) const;
+  void gradient_of(const ConvBackArgs& args, const PaddedAffine& output, const std::vector<float>& factors,
+                   const Strip& strip, const Pixels& to, std::int64_t first_pixel) const;
+  void input_gradient_of(const ConvBackArgs& args, const PaddedAffine& output, const std::vector<float>& factors,
+                         int image, Worker& worker) const;
   template <class Work>
   void on_threads(Work&& work);
 

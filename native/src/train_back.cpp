@@ -42,6 +42,61 @@ void UnitTrainer::gradient_sums(const BatchShape& shape, int channels, std::byte
   });
 }
 
+// --------------------------------------------------------------------------------------- the weights' gradient
+
+int UnitTrainer::steps_of(std::int64_t pixels) const {
+  return ceil_div(static_cast<int>((pixels + 1) / 2), train_->step_unit) * train_->step_unit;
+}
+
+// Room to sum `capacity` pixels at a time, and sums of zero.
+void UnitTrainer::reserve_outer(int out_channels, int depth, std::int64_t capacity, Worker& worker) const {
+  const int left = line_groups(out_channels), right = line_groups(depth);
+  if (kernels_->matrix_type != Type::f32) {
+    const std::int64_t group = spread(steps_of(capacity) * std::int64_t{kLineBytes});
+    reserve(worker.left_pairs, bytes_for(left * group));
+    reserve(worker.right_pairs, bytes_for(right * group));
+  }
+  clear(worker.weight_gradient, bytes_for(static_cast<std::int64_t>(left) * kGroup * right * kGroup, sizeof(float)));
+}
+
+// The first pixels of the worker's two matrices, which are laid out for `capacity` of them, go into its sums.
+void UnitTrainer::add_outer(std::int64_t pixels, int out_channels, int depth, std::int64_t capacity, Worker& worker) const {
+  const Pixels left = lines(worker.left.data(), capacity), right = lines(worker.right.data(), capacity);
+  OuterArgs outer{.left = left.data, .left_group = left.block, .left_groups = line_groups(out_channels),
+                  .right = right.data, .right_group = right.block, .right_groups = line_groups(depth),
+                  .steps = static_cast<int>(pixels), .output = floats(worker.weight_gradient)};
+  if (kernels_->matrix_type != Type::f32) {
+    outer.steps = steps_of(pixels);
+    PairArgs pairs{.lines = left.data, .block = left.block, .blocks = outer.left_groups / 2,
+                   .pixels = static_cast<int>(pixels), .steps = outer.steps, .pairs = worker.left_pairs.data(),
+                   .group = spread(steps_of(capacity) * std::int64_t{kLineBytes})};
+    train_->left_pairs(pairs);
+    pairs.lines = right.data;
+    pairs.block = right.block;
+    pairs.blocks = outer.right_groups / 2;
+    pairs.pairs = worker.right_pairs.data();
+    train_->right_pairs(pairs);
+    outer.left = worker.left_pairs.data();
+    outer.right = worker.right_pairs.data();
+    outer.left_group = outer.right_group = pairs.group;
+  }
+  train_->outer(outer);
+}
+
+// This thread's rows of all threads' sums together, in their order.
+void UnitTrainer::total_weights(float* to, int out_channels, int depth, int thread) const {
+  const Range rows = share(out_channels, thread, team_.size());
+  const std::int64_t row = static_cast<std::int64_t>(line_groups(depth)) * kGroup;
+  for (int o = rows.begin; o < rows.end; ++o)
+    for (int k = 0; k < depth; ++k) {
+      float sum = 0;
+      for (const Worker& worker : workers_) sum += floats(worker.weight_gradient)[o * row + k];
+      to[static_cast<std::int64_t>(o) * depth + k] = sum;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- units
+
 void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, int first_image,
                                  int images, Worker& worker) const {
   const UnitArgs& unit = args.unit;
@@ -57,9 +112,13 @@ void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, c
                       .output = pixels_of({args.input_gradient, unit.input.blocked}, unit.in_channels, shape.pixels()),
                       .residual = channels_last(args.residual, unit.in_channels), .mean = mean};
   if (args.in_mean != nullptr) back.z = input;
-  for (int g = 0; g < ceil_div(unit.in_channels, kGroup); ++g)
-    for (int i = 0; i < images; ++i)
-      for (int band = 0; band < bands; ++band) {
+  // Groups whose numbers share cache lines one after the other, for a band.
+  const int groups = ceil_div(unit.in_channels, kGroup), beside = lane_count(type_) / kGroup;
+  const int pieces = images * bands;
+  for (int first = 0; first < groups; first += beside)
+    for (int piece = 0; piece < pieces; ++piece)
+      for (int g = first; g < std::min(first + beside, groups); ++g) {
+        const int i = piece / bands, band = piece % bands;
         const Range rows = share(shape.height, band, bands);
         FillArgs fill{.input = input, .group = g, .height = shape.height, .width = shape.width, .pad = pad,
                       .first_row = rows.begin, .rows = rows.end - rows.begin, .scale = load.scale, .shift = load.shift,
@@ -106,9 +165,9 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
   const std::vector<float> factors = per_channel(args.factors, out, 3), means = per_channel(args.in_mean, in);
   const int in_stride = padded_channels(in), out_stride = padded_channels(out);
   const int in_groups = line_groups(in), out_groups = line_groups(out);
-  const bool pairs = kernels_->matrix_type != Type::f32;
   const bool weights_wanted = args.weight_gradient != nullptr;
-  reserve_weights(unit, /*transposed=*/true);
+  reserve_weights(out, in);
+  pack_filters(unit);
 
   // A task is what stays together from the product to the depthwise convolution: whole images.
   struct Task {
@@ -135,11 +194,6 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
       capacity = std::max(capacity, std::min<std::int64_t>(count * shape.image_pixels(), kOuterPixels));
     }
   }
-  const int step_unit = train_->step_unit;
-  const auto steps_of = [&](std::int64_t pixels) {
-    return ceil_div(static_cast<int>((pixels + 1) / 2), step_unit) * step_unit;
-  };
-  const std::int64_t pair_group = spread(steps_of(capacity) * std::int64_t{kLineBytes});
   for (int t = 0; t < threads; ++t) {
     Worker& worker = workers_[index_of(t)];
     const int pad = 2 * unit.dilation;
@@ -150,13 +204,9 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
     const std::int64_t line = spread(capacity * kLineBytes);
     reserve(worker.left, bytes_for(out_groups * line) + kSlack);
     reserve(worker.right, bytes_for(in_groups * line) + kSlack);
-    if (pairs && weights_wanted) {
-      reserve(worker.left_pairs, bytes_for(out_groups * pair_group));
-      reserve(worker.right_pairs, bytes_for(in_groups * pair_group));
-    }
+    if (weights_wanted) reserve_outer(out, in, capacity, worker);
     reserve(worker.gradient, bytes_for(in_stride / kGroup * spread(task_images * shape.image_pixels() * kLineBytes)) + kSlack);
     reserve(worker.workspace, kWorkspace);
-    if (weights_wanted) clear(worker.weight_gradient, bytes_for(static_cast<std::int64_t>(out_groups) * kGroup * in_groups * kGroup, sizeof(float)));
     clear(worker.filter_gradient, bytes_for(in_groups * kTaps * kGroup, sizeof(float)));
     clear(worker.sums, bytes_for(2 * in_stride, sizeof(float)));
   }
@@ -167,33 +217,13 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
     pack(unit.weights, out, in, true, thread);
     barrier.wait();
     const Pixels left = lines(worker.left.data(), capacity), right = lines(worker.right.data(), capacity);
-    const auto add_outer = [&](std::int64_t pixels) {
-      OuterArgs outer{.left = left.data, .left_group = left.block, .left_groups = out_groups, .right = right.data,
-                      .right_group = right.block, .right_groups = in_groups, .steps = static_cast<int>(pixels),
-                      .output = floats(worker.weight_gradient)};
-      if (pairs) {
-        outer.steps = steps_of(pixels);
-        PairArgs both{.lines = left.data, .block = left.block, .blocks = out_groups / 2,
-                      .pixels = static_cast<int>(pixels), .steps = outer.steps, .pairs = worker.left_pairs.data(),
-                      .group = pair_group};
-        train_->left_pairs(both);
-        both.lines = right.data;
-        both.blocks = in_groups / 2;
-        both.pairs = worker.right_pairs.data();
-        train_->right_pairs(both);
-        outer.left = worker.left_pairs.data();
-        outer.right = worker.right_pairs.data();
-        outer.left_group = outer.right_group = pair_group;
-      }
-      train_->outer(outer);
-    };
     for (const Task& task : mine[index_of(thread)]) {
       const Pixels gradient = blocked(worker.gradient.data(), in, task.images * shape.image_pixels());
       std::int64_t waiting = 0;  // pixels in the matrices that are not yet in the weights' gradient
       for (const Strip& strip : task.strips) {
         const std::int64_t pixels = pixels_of_strip(strip);
         if (waiting + pixels > capacity) {
-          if (weights_wanted) add_outer(waiting);
+          if (weights_wanted) add_outer(waiting, out, in, capacity, worker);
           waiting = 0;
         }
         const std::int64_t row = static_cast<std::int64_t>(strip.first_row) * shape.width;
@@ -211,7 +241,7 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
         if (weights_wanted) produce(unit, input, load.affine, strip, worker, right, waiting);
         waiting += pixels;
       }
-      if (weights_wanted) add_outer(waiting);
+      if (weights_wanted) add_outer(waiting, out, in, capacity, worker);
       depthwise_back(args, load.affine, means.data(), task.image, task.images, worker);
     }
     barrier.wait();
@@ -221,11 +251,7 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
       for (int t = 1; t < threads; ++t) sum += floats(workers_[index_of(t)].*buffer)[at];
       return sum;
     };
-    const Range rows = share(out, thread, threads);
-    for (int o = rows.begin; weights_wanted && o < rows.end; ++o)
-      for (int c = 0; c < in; ++c)
-        args.weight_gradient[static_cast<std::int64_t>(o) * in + c] =
-            total(&Worker::weight_gradient, static_cast<std::int64_t>(o) * in_groups * kGroup + c);
+    if (weights_wanted) total_weights(args.weight_gradient, out, in, thread);
     const Range channels = share(in, thread, threads);
     for (int c = channels.begin; c < channels.end; ++c) {
       for (int t = 0; t < kTaps; ++t)

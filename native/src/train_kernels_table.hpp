@@ -9,6 +9,7 @@
 namespace xception {
 
 inline constexpr int kTaps = 9;
+inline constexpr int kMostDepth = 4096;  // numbers in a window of more than a pixel
 
 // A map: rows of channels as PyTorch has them with channels last, or channel blocks as in kernels.hpp. Pixels are
 // counted over all images.
@@ -68,26 +69,63 @@ struct MapArgs {
   const float* mean = nullptr;
   const float* factors = nullptr;  // [3][channels padded]: output = f0 * gradient + f1 * z + f2
   std::int64_t stride = 0;         // of `factors` and `sums`: padded channels
-  bool relu = false;               // after the normalisation
+  const float* residual_scale = nullptr;  // the residual's own normalisation, or null
+  const float* residual_shift = nullptr;
+  bool relu = false;  // after the normalisation
   int first_group = 0, last_group = 0;
   std::int64_t first_pixel = 0, output_pixel = 0;
   int pixels = 0;
   float* sums = nullptr;  // [2][stride]
 };
 
-// 3x3 max-pooling with stride 2 of a normalised map.
+// 3x3 max-pooling of a normalised map.
 struct PoolTrainArgs {
   Pixels z = {};
   const float* scale = nullptr;
   const float* shift = nullptr;
   Window window = {};
   Pixels residual = {};
+  const float* residual_scale = nullptr;  // the residual's own normalisation, or null
+  const float* residual_shift = nullptr;
   Pixels output = {};                   // forward: pooled; backward: the gradient of the normalised map
   Pixels gradient = {};                 // backward: of what was pooled
   std::uint8_t* winners = nullptr;  // [groups][output pixels][16]: which of the window's taps
   std::int64_t winner_group = 0;    // bytes
   int first_group = 0, last_group = 0;
   int image = 0;
+};
+
+// The k x k windows of a map with channels last, as matrix lines whose K is (row, column, channel), without gaps.
+struct WindowArgs {
+  Pixels input = {};
+  Window window = {};
+  int image = 0, first_row = 0, rows = 0;  // rows of windows
+  Pixels output = {};
+  std::int64_t output_pixel = 0;
+  int groups = 0;  // of the lines
+};
+
+// The reverse: for each pixel of rows [first_row, first_row + rows) of the map, the lines of the windows that read it, by
+// tap: `blocks` lines for tap (0, 0), then for (0, 1), ...; zeros where there is no window.
+struct ReaderArgs {
+  const std::byte* lines = nullptr;  // of the windows of rows [first_window_row, ...)
+  std::int64_t block = 0;
+  int blocks = 0, first_window_row = 0;
+  Window window = {};
+  int first_row = 0, rows = 0;
+  std::byte* matrix = nullptr;
+  std::int64_t matrix_block = 0;
+};
+
+// From channel blocks of windows to the pixels of the map, channels last, that the windows' first tap reads: written,
+// with zeros between them; or added to what is there.
+struct SpreadArgs {
+  Pixels input = {};
+  std::int64_t first_pixel = 0;  // of the input
+  Pixels output = {};
+  Window window = {};  // its sizes and stride
+  int image = 0, first_row = 0, rows = 0;
+  bool add = false;
 };
 
 // out[o][k] += the sum over `steps` of left[o] * right[k], a step being a pixel, or a pair of them for halves.
@@ -113,7 +151,18 @@ struct PairArgs {
   std::int64_t group = 0;
 };
 
+// Weights as a panel of the product: [steps][32 columns] of numbers, or of pairs of 16-bit ones. Steps and columns
+// behind the last are zeros.
+struct PackArgs {
+  const float* weights = nullptr;
+  std::int64_t stride = 0;  // from a column's numbers to the next column's; `pack_transposed`: from a step's to the next's
+  int depth = 0, steps = 0, columns = 0;
+  std::byte* panel = nullptr;
+};
+
 struct TrainKernels {
+  void (*pack)(const PackArgs&);
+  void (*pack_transposed)(const PackArgs&);
   void (*fill)(const FillArgs&);
   void (*filter)(const FilterArgs&);
   void (*filter_back)(const FilterBackArgs&);
@@ -123,6 +172,9 @@ struct TrainKernels {
   void (*gradient)(const MapArgs&);       // through the normalisation, to matrix lines
   void (*pool)(const PoolTrainArgs&);
   void (*pool_back)(const PoolTrainArgs&);
+  void (*windows)(const WindowArgs&);
+  void (*readers)(const ReaderArgs&);
+  void (*spread)(const SpreadArgs&);
   void (*outer)(const OuterArgs&);
   void (*left_pairs)(const PairArgs&);   // as `outer` wants its left side; and its right side
   void (*right_pairs)(const PairArgs&);

@@ -30,6 +30,29 @@ inline void pair_lines(const std::uint16_t* lines, bool second, std::uint16_t* l
   _mm512_storeu_si512(low, _mm512_permutex2var_epi32(first, order, odd));
   _mm512_storeu_si512(high, _mm512_permutex2var_epi32(first, _mm512_add_epi32(order, _mm512_set1_epi32(8)), odd));
 }
+// 16 lines of 16 numbers or pairs, transposed: `to` gets line c of what was column c. It may be `from`.
+inline void transpose_16x16(const std::uint32_t* from, std::uint32_t* to) {
+  __m512i rows[16], other[16];
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * 16);
+  for (int i = 0; i < 16; i += 2) {
+    other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      rows[i + 2 * j] = _mm512_unpacklo_epi64(other[i + j], other[i + 2 + j]);
+      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(other[i + j], other[i + 2 + j]);
+    }
+  // rows[4 * q + c] holds, in each 128-bit part p, column 4 * p + c of the four lines from 4 * q on.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88), b = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd), e = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+    _mm512_storeu_si512(to + c * 16, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_storeu_si512(to + (8 + c) * 16, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_storeu_si512(to + (4 + c) * 16, _mm512_shuffle_i32x4(d, e, 0x88));
+    _mm512_storeu_si512(to + (12 + c) * 16, _mm512_shuffle_i32x4(d, e, 0xdd));
+  }
+}
 inline constexpr int kOuterRows = 8, kOuterColumns = 3;
 
 #else
@@ -40,6 +63,13 @@ inline void pair_lines(const std::uint16_t* lines, bool second, std::uint16_t* l
     pair[0] = lines[i];
     pair[1] = second ? lines[32 + i] : std::uint16_t{0};
   }
+}
+
+inline void transpose_16x16(const std::uint32_t* from, std::uint32_t* to) {
+  std::uint32_t lines[256];
+  for (int i = 0; i < 256; ++i) lines[i] = from[i];
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) to[j * 16 + i] = lines[i * 16 + j];
 }
 
 #if defined(__AVX2__)

@@ -167,6 +167,42 @@ class UnitTrainer:
         weight_gradient: _Array | None,
         sums: _Array | None,
     ) -> None: ...
+    def convolve(
+        self,
+        sizes: tuple[int, int, int],
+        input: _Array,
+        *,
+        output: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        pad_top: int,
+        pad_left: int,
+        weights: _Array,
+        z: _Array,
+        mean: _Array,
+        variance: _Array,
+    ) -> None: ...
+    def convolve_backward(
+        self,
+        sizes: tuple[int, int, int],
+        input: _Array,
+        *,
+        output: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        pad_top: int,
+        pad_left: int,
+        weights: _Array,
+        z: _Array,
+        gradient: _Array,
+        out_scale: _Array | None,
+        out_shift: _Array | None,
+        out_relu: bool,
+        factors: _Array,
+        input_gradient: _Array | None,
+        adds: bool,
+        weight_gradient: _Array | None,
+    ) -> None: ...
     def finish(
         self,
         sizes: tuple[int, int, int],
@@ -177,6 +213,8 @@ class UnitTrainer:
         shift: _Array,
         relu: bool,
         residual: _Array | None,
+        residual_scale: _Array | None,
+        residual_shift: _Array | None,
         output: _Array,
     ) -> None: ...
     def gradient_sums(
@@ -206,6 +244,8 @@ class UnitTrainer:
         scale: _Array,
         shift: _Array,
         residual: _Array | None,
+        residual_scale: _Array | None,
+        residual_shift: _Array | None,
         output: _Array,
         winners: _Array,
     ) -> None: ...

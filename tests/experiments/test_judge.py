@@ -132,6 +132,6 @@ def test_the_whole_claim() -> None:
     beside = judge(Contrast(says="x", weights=BETTER.weights, decides=False), lines(0.5, 0.9), "top1")
     assert overall([held, beside])[0] is True
     assert overall([held, open_])[0] is None
-    assert "undecided: a is better" in overall([held, open_])[1]
+    assert overall([held, open_])[1].startswith("a is better")
     assert overall([held, open_, lost])[0] is False
     assert "not so: a is better" in overall([lost])[1]

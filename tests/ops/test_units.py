@@ -1,43 +1,29 @@
-"""Units that train in the compiled extension, against their definition in float64: every level, option and odd size.
-
-In bfloat16 a pixel near a ReLU's kink, or two that are nearly a pool's maximum, may fall on either side of it, in any
-implementation. So the generated cases keep away from both (or have whole numbers, which are exact), and their oracle
-rounds where the kernels round; on what is left, errors are small. The fixed cases are of any kind, and their errors are
-held against PyTorch's own.
-"""
+"""Units that train in the compiled extension, against their definition in float64: every level, option and odd size."""
 
 from __future__ import annotations
-
-import itertools
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from unit_cases import (
-    FIXED,
-    PARAMETERS,
-    POOLS,
-    Case,
-    Data,
-    Oracle,
-    _leaves,
+from trainer_cases import (
+    LEVELS,
+    assert_errors_are_of_the_size_of_torchs_own,
+    assert_gradients_are_right,
+    assert_takes_the_definition,
     at_every_level,
-    at_level,
-    check,
-    data_for,
     distance,
+    leaves,
     native,
+    right_of,
     run,
     run_native,
-    run_torch,
+    watched,
 )
+from trainer_oracle import assert_the_oracle_is_the_definition, check
+from unit_cases import FIXED, POOLS, Case, data_for
 
-from xception.ops import reference, units
-from xception.ops.reference import Unit
+from xception.ops import backend, reference, trainer, units
 
 ODD = st.sampled_from([1, 3, 5, 15, 16, 17, 32, 33, 47])
 
@@ -52,11 +38,13 @@ def cases(draw: st.DrawFn, kind: str) -> Case:
     channels = draw(ODD)
     # In bfloat16 the winners are the oracle's only where its numbers are exact: behind one unit.
     pool = draw(st.sampled_from(["none", *POOLS])) if kind == "fp32" or len(widths) == 1 else "none"
-    shortcut = draw(st.sampled_from(["none", "input", "tensor"]))
-    if shortcut == "input" and pool in ("none", "dense", "dense_dilated"):
+    shortcut = draw(st.sampled_from(["none", "input", "tensor", "convolution"]))
+    halves = pool in ("same", "torch")
+    if shortcut == "input" and not halves:
         channels = widths[-1]
     elif shortcut == "input":
         shortcut = "none"
+    pixels = images * height * width if not halves else images * -(-height // 2) * -(-width // 2)
     return Case(
         images=images,
         height=height,
@@ -67,6 +55,8 @@ def cases(draw: st.DrawFn, kind: str) -> Case:
         input_relu=draw(st.booleans()),
         output_relu=pool == shortcut == "none" and draw(st.booleans()),
         shortcut=shortcut,
+        shortcut_kernel=draw(st.sampled_from([1, 1, 3])),
+        shortcut_gathers=pixels > 5 and draw(st.booleans()),
         pool=pool,
         gathers=gathers,
         momentum=draw(st.sampled_from([0.1, 0.7, None])),
@@ -76,12 +66,17 @@ def cases(draw: st.DrawFn, kind: str) -> Case:
     )
 
 
+def check_case(case: Case, level: str, kind: str, count: int) -> None:
+    rounds = kind == "bf16" and len(case.widths) > 1
+    check(data_for(case, kind, tame=kind == "bf16"), level, kind, count, kink=0.02 if rounds else 1e-4)
+
+
 @native
 @at_every_level
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(draw=st.data(), count=st.integers(1, 3))
 def test_generated(level: str, kind: str, draw: st.DataObject, count: int) -> None:
-    check(draw.draw(cases(kind)), level, kind, count)
+    check_case(draw.draw(cases(kind)), level, kind, count)
 
 
 @native
@@ -91,139 +86,136 @@ def test_generated(level: str, kind: str, draw: st.DataObject, count: int) -> No
 @settings(max_examples=3000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(draw=st.data(), count=st.integers(1, 3))
 def test_generated_at_length(level: str, kind: str, draw: st.DataObject, count: int) -> None:
-    check(draw.draw(cases(kind)), level, kind, count)
+    check_case(draw.draw(cases(kind)), level, kind, count)
 
 
 @settings(max_examples=40)
 @given(case=cases("fp32"))
 @example(case=Case(pool="dense_dilated", height=2, width=1, gathers=False))
 def test_the_oracle_is_the_definition(case: Case) -> None:
-    data = data_for(case)
-    right = run(reference.separable_units, data, torch.float64)
-    for name, value in run(Oracle(), data, torch.float64).items():
-        torch.testing.assert_close(value, right[name], rtol=1e-7, atol=1e-7, msg=name)
+    assert_the_oracle_is_the_definition(data_for(case))
 
 
 @native
 @at_every_level
-@pytest.mark.parametrize("case", FIXED, ids=range(len(FIXED)))
-def test_errors_are_of_the_size_of_torchs_own(case: Case, level: str, kind: str) -> None:
-    """Against float64; PyTorch, in the same precision, is given the same numbers."""
-    data = data_for(case, kind)
-    right = run(reference.separable_units, data, torch.float64)
-    own, found = run_torch(data, kind), run_native(data, level, kind)
-    floor = 1e-6 if kind == "fp32" else 4e-3
+@pytest.mark.parametrize("case", FIXED)
+def test_errors_are_of_the_size_of_torchs_own(case: str, level: str, kind: str) -> None:
+    assert_errors_are_of_the_size_of_torchs_own(data_for(FIXED[case], kind), level, kind)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(height=3, width=4, channels=3, widths=(2, 3), shortcut="input", momentum=None),
+        Case(height=3, width=5, channels=2, widths=(3,), shortcut="tensor", pool="same", momentum=None),
+        Case(height=3, width=4, channels=2, widths=(3,), shortcut="convolution", pool="same", momentum=None),
+        Case(height=3, width=3, channels=2, widths=(3,), output_relu=True, gathers=False, dilation=2),
+    ],
+    ids=["input", "tensor", "convolution", "relu"],
+)
+def test_gradients_of_the_definition(case: Case) -> None:
+    assert_gradients_are_right(data_for(case))
+
+
+# ----------------------------------------------------------------------------------------- parts that are not there
+
+
+@native
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("missing", [("0.scale",), ("1.offset", "shortcut.scale"), ("0.offset", "shortcut.offset")])
+def test_without_scale_or_offset(missing: tuple[str, ...], gathers: bool) -> None:
+    data = data_for(Case(widths=(6, 7), gathers=gathers, shortcut="convolution")).having(dict.fromkeys(missing))
+    right, found = right_of(data), run_native(data, "scalar", "fp32")
     for name, value in right.items():
-        bound = 3 * distance(own[name], value) + floor * float(value.norm())
-        assert distance(found[name], value) <= bound, name
+        assert distance(found[name], value) <= 1e-5 * float(value.norm()), name
 
 
-def test_gradients_of_the_definition() -> None:
-    """PyTorch's numerical check, in float64."""
-    for case in (
-        Case(images=2, height=3, width=4, channels=3, widths=(2, 3), shortcut="input", momentum=None),
-        Case(images=2, height=3, width=5, channels=2, widths=(3,), shortcut="tensor", pool="same", momentum=None),
-        Case(images=2, height=3, width=3, channels=2, widths=(3,), output_relu=True, gathers=False, dilation=2),
-    ):
-        data = data_for(case)
-        names = [(i, k) for i, unit in enumerate(data.units) for k in PARAMETERS if k in unit]
-        leaves = [data.x, *(data.units[i][k] for i, k in names)]
-        leaves += [data.shortcut] if isinstance(data.shortcut, Tensor) else []
-
-        def call(x: Tensor, *rest: Tensor, data: Data = data, names: Any = names) -> Tensor:
-            made = [dict(unit) for unit in data.units]
-            for unit in made:
-                unit |= {k: unit[k].double() for k in ("running_mean", "running_variance")}
-            for (i, k), value in zip(names, rest, strict=False):
-                made[i][k] = value
-            shortcut = rest[-1] if isinstance(data.shortcut, Tensor) else data.shortcut
-            return reference.separable_units(x, [Unit(**u) for u in made], shortcut=shortcut, **data.options)  # type: ignore[arg-type]
-
-        assert torch.autograd.gradcheck(call, [t.double().requires_grad_() for t in leaves])
+@native
+def test_statistics_that_nobody_keeps() -> None:
+    """No running statistics at all; or none that move."""
+    data = data_for(Case(widths=(6, 7), momentum=None, shortcut="convolution"))
+    bare = data.having(dict.fromkeys(name for name in data.tensors if "running" in name))
+    assert len(data.tensors) - len(bare.tensors) == 6
+    found, right = run_native(bare, "scalar", "fp32"), run_native(data, "scalar", "fp32")
+    assert all(torch.equal(value, right[name]) for name, value in found.items())
+    assert all(torch.equal(right[name], data.tensors[name]) for name in data.tensors if "running" in name)
 
 
-# ------------------------------------------------------------------------------------------- what is asked for
+# ----------------------------------------------------------------------------------------- which path is taken
+
+
+@native
+@pytest.mark.parametrize(("cap", "level"), [("scalar", "scalar"), ("avx2", "avx2"), ("avx512", "avx512")])
+def test_the_cap_chooses_the_level(cap: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (level, "fp32") not in LEVELS:
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setenv(backend.CAP_VARIABLE, cap)
+    with watched() as taken:
+        run(units.separable_units, data_for(Case()))
+        assert {call.args[:2] for call in taken.call_args_list} == {(level, "fp32")}
+        assert trainer.trainer(level, "fp32", torch.get_num_threads()).level == level
 
 
 @native
 @pytest.mark.parametrize(
     "case",
     [
-        Case(channels=6, widths=(6, 6), shortcut="input", height=4, width=5),
-        Case(channels=6, widths=(7, 5), shortcut="tensor", pool="same", height=4, width=5),
-        Case(channels=6, widths=(7, 5), output_relu=True, gathers=False, height=4, width=5),
+        Case(output_relu=True, shortcut="tensor"),
+        Case(output_relu=True, shortcut="input", widths=(5,)),
+        Case(output_relu=True, shortcut="convolution"),
+        Case(output_relu=True, pool="same"),
+        Case(dilation=65, height=3, width=3),
+        Case(shortcut="convolution", shortcut_kernel=17, height=17, width=17),
+        Case(images=1, height=1, width=(1 << 14) + 1, channels=1, widths=(1,)),
+        Case(widths=(), shortcut="input"),
     ],
-    ids=["input", "pool", "relu"],
+    ids=["tensor", "input", "convolution", "pool", "dilation", "kernel", "row", "no units"],
 )
-def test_every_subset_of_gradients(case: Case) -> None:
-    """What is wanted has the same bits whatever else is, and what is not has none."""
-    data = data_for(case)
-    everything = run(units.separable_units, data)
-    right = run(reference.separable_units, data, torch.float64)
-    names = [k for k in everything if k != "output" and "running" not in k]
-    for k in names:
-        assert distance(everything[k], right[k]) <= 1e-5 * float(right[k].norm()), k
-    for chosen in itertools.product((False, True), repeat=len(names)):
-        wanted = frozenset(k for k, choice in zip(names, chosen, strict=True) if choice)
-        x, made, shortcut = _leaves(data, wanted)
-        y = units.separable_units(x, [Unit(**u) for u in made], shortcut=shortcut, **data.options)  # type: ignore[arg-type]
-        if not wanted - {"shortcut"} and not case.gathers:
-            assert "SeparableUnits" not in str(y.grad_fn)
-            continue
-        assert y.requires_grad == bool(wanted)
-        torch.testing.assert_close(y.detach(), everything["output"], rtol=0, atol=0)
-        if wanted:
-            assert "SeparableUnits" in str(y.grad_fn)
-            y.backward(data.gradient)
-        found = {"x": x.grad, "shortcut": shortcut.grad if isinstance(shortcut, Tensor) else None}
-        found |= {f"{i}.{k}": unit[k].grad for i, unit in enumerate(made) for k in PARAMETERS}
-        for k in names:
-            gradient = found[k]
-            assert (gradient is not None) == (k in wanted), (k, wanted)
-            assert gradient is None or torch.equal(gradient, everything[k]), (k, wanted)
+def test_what_no_kernel_knows_takes_the_definition(case: Case) -> None:
+    assert_takes_the_definition(data_for(case))
+
+
+ONE_PIXEL = {
+    "of a unit": Case(images=1, height=1, width=1),
+    "of a shortcut": Case(images=1, height=2, width=2, shortcut="convolution", pool="same"),
+    "of a shortcut alone": Case(images=1, height=1, width=1, gathers=False, shortcut="convolution"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_PIXEL)
+def test_one_pixel_has_no_variance(case: str) -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        run(units.separable_units, data_for(ONE_PIXEL[case]))
+
+
+WRONG = {
+    "shortcut": ("tensor", (2, 6, 9, 7)),  # as many numbers as the output, lying otherwise
+    "a row of shortcut": ("tensor", (2, 6, 7, 8)),
+    "0.depthwise": ("none", (4, 1, 3, 3)),
+    "0.pointwise": ("none", (6, 4, 1, 1)),
+    "0.scale": ("none", (5,)),
+    "0.offset": ("none", (7,)),
+    "one for all 0.scale": ("none", (1,)),
+    "one for all 0.offset": ("none", (1,)),
+    "0.running_mean": ("none", (5,)),
+    "0.running_variance": ("none", (7,)),
+    "shortcut.weight": ("convolution", (7, 5, 1, 1)),
+    "channels of shortcut.weight": ("convolution", (6, 4, 1, 1)),
+    "kernel of shortcut.weight": ("convolution", (6, 5, 3, 3)),
+    "shortcut.scale": ("convolution", (5,)),
+    "shortcut.offset": ("convolution", (7,)),
+    "shortcut.running_mean": ("convolution", (5,)),
+    "shortcut.running_variance": ("convolution", (7,)),
+}
 
 
 @native
-def test_statistics_are_gathered_without_gradients() -> None:
-    data = data_for(Case(channels=17, widths=(9, 12), momentum=0.25))
-    x, made, _ = _leaves(data, frozenset())
-    with torch.no_grad(), at_level("scalar") as taken:
-        y = units.separable_units(x, [Unit(**u) for u in made])
-    assert taken.call_count == 1
-    assert y.grad_fn is None
-    right = run(reference.separable_units, data, torch.float64)
-    for i, unit in enumerate(made):
-        for k in ("running_mean", "running_variance"):
-            torch.testing.assert_close(unit[k].double(), right[f"{i}.{k}"], rtol=1e-5, atol=1e-6)
-            assert not torch.equal(unit[k], data.units[i][k])
-    torch.testing.assert_close(y.double(), right["output"], rtol=1e-4, atol=1e-5)
-
-
-@native
+@pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("gathers", [False, True])
-@pytest.mark.parametrize("missing", ["scale", "offset", "both"])
-def test_without_scale_or_offset(missing: str, gathers: bool) -> None:
-    data = data_for(Case(widths=(6, 7), gathers=gathers))
-    gone = PARAMETERS[2:] if missing == "both" else (missing,)
-    data = replace(data, units=[{k: v for k, v in unit.items() if k not in gone} for unit in data.units])
-    right = run(reference.separable_units, data, torch.float64)
-    found = run_native(data, "scalar", "fp32")
-    assert found.keys() == right.keys()
-    for k in right:
-        assert distance(found[k], right[k]) <= 1e-5 * float(right[k].norm()), k
-
-
-@native
-def test_statistics_that_nobody_keeps() -> None:
-    """No running statistics at all; or none that move."""
-    data = data_for(Case(widths=(6, 7)))
-    x, made, _ = _leaves(data, frozenset(["x"]))
-    bare = [{k: v for k, v in unit.items() if "running" not in k} | {"momentum": None} for unit in made]
-    still = [unit | {"momentum": None} for unit in made]
-    with at_level("scalar") as taken:
-        outputs = [units.separable_units(x, [Unit(**u) for u in some]) for some in (bare, still)]
-    assert taken.call_count == 2
-    assert torch.equal(*outputs)
-    for unit, before in zip(made, data.units, strict=True):
-        assert torch.equal(unit["running_mean"], before["running_mean"])
-        assert torch.equal(unit["running_variance"], before["running_variance"])
+def test_wrong_sizes_are_refused(name: str, gathers: bool) -> None:
+    shortcut, shape = WRONG[name]
+    case = Case(gathers=gathers, shortcut_gathers=gathers, shortcut=shortcut)
+    data = data_for(case).having({name.split()[-1]: torch.ones(shape)})
+    for function in (units.separable_units, reference.separable_units):
+        with pytest.raises((RuntimeError, ValueError)):
+            data.call(function, leaves(data, wanted=frozenset(["x"])))

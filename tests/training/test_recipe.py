@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from runs import TINY
 
 from xception.cli.main import main
 from xception.errors import ConfigError
+from xception.training import prepare as prepare_module
 from xception.training.recipe import (
     NAMED,
     flat_values,
@@ -19,6 +21,7 @@ from xception.training.recipe import (
     recipe_fields,
     recipe_to_dict,
 )
+from xception.training.step import step_config
 
 
 def test_imagenet_is_as_published() -> None:
@@ -138,3 +141,16 @@ def test_a_value_of_another_kind_on_the_command_line_is_one_plain_line(
 def test_nothing_heavy_is_imported() -> None:
     code = "import sys, xception.training.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("fast", ["bf16", "fp32"])
+def test_precision_auto_is_the_processors(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe stays as it was written, so that a run goes on where another processor resumes it."""
+    monkeypatch.setattr(prepare_module, "fast_precision", lambda: fast)
+    recipe = override(named_recipe("small"), precision="auto", epochs=1, image_size=8)
+    plan = prepare_module.prepare("digits", recipe, model_options=TINY)
+    assert plan.precision == fast
+    assert plan.recipe.precision == "auto"
+    assert step_config(plan).precision == fast
+    for given in ("fp32", "bf16", "fp16"):
+        assert dataclasses.replace(plan, recipe=override(recipe, precision=given)).precision == given

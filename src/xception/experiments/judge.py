@@ -174,7 +174,7 @@ def overall(judged: Sequence[Judged]) -> tuple[bool | None, str]:
     if against:
         return False, "; ".join(f"not so: {_told(j)}" for j in against)
     if still_open:
-        return None, "; ".join(f"undecided: {_told(j)}, {j.why}" for j in still_open)
+        return None, "; ".join(f"{_told(j)}, {j.why}" for j in still_open)
     return True, "; ".join(_told(j) for j in deciding)
 
 

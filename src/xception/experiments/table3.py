@@ -100,7 +100,7 @@ class Rates:
             return True, told
         if low > 1:
             return False, f"{told}: here it is the faster one"
-        return None, f"undecided: {told}, an interval that contains 1"
+        return None, f"{told}, an interval that contains 1"
 
     def summaries(self, results: Results) -> list[dict[str, Any]]:
         """Each network for ``--json``: no accuracy is measured, so that its keys are None and `seeds` is 0."""

@@ -22,7 +22,7 @@ from xception.models.fields import (
     check_range,
     check_widths,
 )
-from xception.models.fused import train_units
+from xception.models.fused import convolve, train_units
 from xception.models.head import HeadConfig
 from xception.models.layers import (
     NORM_EPS,
@@ -204,14 +204,11 @@ class XceptionBlock(nn.Module):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = type(self.shortcut) is nn.Identity
-        shortcut = None if self.shortcut is None else self.shortcut(x)
-        given: Tensor | Literal["input"] | None = "input" if identity else shortcut
-        y = train_units(self.units, x, unit_type=SeparableUnit, pool=self.pool, shortcut=given)
+        y = train_units(self.units, x, unit_type=SeparableUnit, pool=self.pool, shortcut=self.shortcut)
         if y is not None:
             return y
         one_by_one: Tensor = self.pool(self.units(x))
-        return one_by_one if shortcut is None else one_by_one + shortcut
+        return one_by_one if self.shortcut is None else one_by_one + self.shortcut(x)
 
 
 class Stem(nn.Module):
@@ -236,8 +233,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.pad_same:
             x = ops.pad_same(x, 3, 2)
-        y: Tensor = self.conv2(self.conv1(x))
-        return y
+        return convolve(self.conv2, convolve(self.conv1, x))
 
 
 def entry_flow(config: XceptionConfig) -> Flow:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xception.errors import ConfigError
 from xception.models.entry import ModelEntry
 from xception.models.fields import MAX_MODULES, check_common, check_fields, check_range, check_widths
+from xception.models.fused import convolve
 from xception.models.head import HeadConfig
 from xception.models.layers import (
     ConvNorm,
@@ -217,8 +218,7 @@ class Stem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv2(self.conv1(x))
-        return y
+        return convolve(self.conv2, convolve(self.conv1, x))
 
 
 class XceptionAligned(nn.Module):

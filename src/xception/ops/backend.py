@@ -42,7 +42,7 @@ _OTHER_LEVELS: tuple[str, ...] = ("scalar",)
 _PART_OF = {"avx512_vnni": "avx512", "avx512_bf16": "avx512"}
 
 # The interface of the extension that this version of the package works with: `kInterface` in bindings.cpp.
-_INTERFACE = 5
+_INTERFACE = 6
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -195,6 +195,14 @@ def kernel_level(precision: Precision) -> str:
     """
     features = cpu_features()
     return next((level for level in _KERNELS[precision] if level in features), "scalar")
+
+
+def fast_precision() -> Precision:
+    """ "bf16" where this processor multiplies it faster than float32 and `XCEPTION_MAX_ISA` allows it, else "fp32".
+
+    Raises ConfigError like `cpu_features`.
+    """
+    return "bf16" if kernel_level("bf16") in ("amx_bf16", "avx512_bf16") else "fp32"
 
 
 def new_network(precision: Precision, channels: int, threads: int, *, latency: bool = False) -> Network:

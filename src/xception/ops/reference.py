@@ -175,15 +175,13 @@ def max_pool3x3(x: Tensor, sampling: PoolSampling) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """[ReLU,] 3x3 depthwise (C 1 3 3), pointwise (C' C 1 1), batch normalisation over C' channels.
+class Normalised:
+    """Batch normalisation of C' channels.
 
     `scale` and `offset` are its gamma and beta, or None for 1 and 0. Where it `gathers`, it normalises by the batch's
     statistics, and moves the running ones towards them by `momentum` (None: they stay); else by the running ones.
     """
 
-    depthwise: Tensor
-    pointwise: Tensor
     scale: Tensor | None = None
     offset: Tensor | None = None
     running_mean: Tensor | None = None
@@ -191,18 +189,78 @@ class Unit:
     gathers: bool = True
     momentum: float | None = None
     epsilon: float = 1e-3
-    input_relu: bool = True
+
+    @property
+    def channels(self) -> int:
+        """C'."""
+        raise NotImplementedError
 
     def parameters(self) -> Iterator[Tensor]:
         """What may be trained."""
-        yield self.depthwise
-        yield self.pointwise
         yield from (t for t in (self.scale, self.offset) if t is not None)
 
     def tensors(self) -> Iterator[Tensor]:
         """The parameters, and the running statistics if there are any."""
         yield from self.parameters()
         yield from (t for t in (self.running_mean, self.running_variance) if t is not None)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """N C' H W -> N C' H W."""
+        running = (self.running_mean, self.running_variance)
+        if self.gathers and self.momentum is None:
+            running = (None, None)
+        return F.batch_norm(z, *running, self.scale, self.offset, self.gathers, self.momentum or 0.0, self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit(Normalised):
+    """[ReLU,] 3x3 depthwise (C 1 3 3), pointwise (C' C 1 1), batch normalisation over C' channels."""
+
+    depthwise: Tensor
+    pointwise: Tensor
+    input_relu: bool = True
+
+    @property
+    def channels(self) -> int:
+        """C'."""
+        return self.pointwise.shape[0]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What may be trained."""
+        yield from (self.depthwise, self.pointwise)
+        yield from super().parameters()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolution(Normalised):
+    """A regular convolution (C' C k k), with zeros of `padding` pixels around, and batch normalisation."""
+
+    weight: Tensor
+    stride: int = 1
+    padding: int = 0
+
+    @property
+    def channels(self) -> int:
+        """C'."""
+        return self.weight.shape[0]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What may be trained."""
+        yield self.weight
+        yield from super().parameters()
+
+    def along(self, size: int) -> int:
+        """The windows on an axis of `size` pixels."""
+        return (size + 2 * self.padding - self.weight.shape[-1]) // self.stride + 1
+
+
+Shortcut = Convolution | Tensor | Literal["input"] | None
+
+
+def normalised_conv2d(x: Tensor, convolution: Convolution, *, output_relu: bool = False) -> Tensor:
+    """Convolution, batch normalisation[, ReLU]: N C H W -> N C' H' W'."""
+    z = F.conv2d(x, convolution.weight, stride=convolution.stride, padding=convolution.padding)
+    return activate(convolution.normalise(z), "relu" if output_relu else "none")
 
 
 def separable_units(
@@ -211,26 +269,23 @@ def separable_units(
     *,
     dilation: int = 1,
     pool: PoolSampling | None = None,
-    shortcut: Tensor | Literal["input"] | None = None,
+    shortcut: Shortcut = None,
     output_relu: bool = False,
 ) -> Tensor:
     """Units one after the other, a pool if there is one, plus a shortcut: N C H W -> N C' H' W'.
 
-    `shortcut` has the output's shape, or is "input" for the identity; the module's output is linear unless
-    `output_relu`.
+    `shortcut` is a convolution of the input to the output's shape, "input" for the identity, or a tensor; the module's
+    output is linear unless `output_relu`.
     """
     y = x
     for unit in units:
-        y = separable_conv2d(y, unit.depthwise, unit.pointwise, dilation=dilation, input_relu=unit.input_relu)
-        running = (unit.running_mean, unit.running_variance)
-        if unit.gathers and unit.momentum is None:
-            running = (None, None)
-        y = F.batch_norm(
-            y, *running, unit.scale, unit.offset, unit.gathers, unit.momentum or 0.0, unit.epsilon
-        )  # fmt: skip
+        z = separable_conv2d(y, unit.depthwise, unit.pointwise, dilation=dilation, input_relu=unit.input_relu)
+        y = unit.normalise(z)
     if pool is not None:
         y = max_pool3x3(y, pool)
-    if shortcut is not None:
+    if isinstance(shortcut, Convolution):
+        y = y + normalised_conv2d(x, shortcut)
+    elif shortcut is not None:
         y = y + (x if isinstance(shortcut, str) else shortcut)
     return activate(y, "relu" if output_relu else "none")
 

@@ -120,7 +120,7 @@ def _activation_bytes(plan: Plan, batch_size: int) -> int:
             model.forward_with_auxiliary(images)  # type: ignore[operator]
         else:
             model(images)
-    share = 1 if plan.recipe.precision == "fp32" else 2
+    share = 1 if plan.precision == "fp32" else 2
     return sum(t.untyped_storage().nbytes() for t in kept.values()) // share
 
 
@@ -132,7 +132,7 @@ def _measure(plan: Plan, model: nn.Module, batch_size: int) -> tuple[float, int,
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, recipe.optimizer)
-    scaler = torch.amp.GradScaler(plan.device.type, enabled=recipe.precision == "fp16")
+    scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.precision == "fp16")
     config = step_config(plan)
     classes = len(plan.class_names)
 

@@ -87,7 +87,7 @@ def compute_features(network: nn.Module, plan: Plan, loader: Loader, *, done: Ca
     values, known = torch.zeros(count, _width(head)), torch.zeros(count, dtype=torch.bool)
     targets = torch.zeros(count, loader.num_classes) if loader.multi_label else torch.zeros(count, dtype=torch.int64)
     bad: dict[str, BadImage] = {}
-    with torch.no_grad(), autocast(plan.recipe.precision, plan.device):
+    with torch.no_grad(), autocast(plan.precision, plan.device):
         for batch in loader.epoch(0):
             bad.update({image.key: image for image in batch.bad})
             if len(batch.images):

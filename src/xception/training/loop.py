@@ -73,7 +73,7 @@ def run_training(
     with contextlib.ExitStack() as stack:
         stack.enter_context(computing(plan.recipe))
         active_backend()  # says so, once, where only plain PyTorch is there
-        reporter.say(f"separable convolutions: {engine(plan.recipe, plan.device)}, {plan.recipe.precision}")
+        reporter.say(f"separable convolutions: {engine(plan)}, {plan.precision}")
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(reporter)

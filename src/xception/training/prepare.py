@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from xception.data.sources import DataSource, Split, clean_source, drop_samples,
 from xception.errors import ConfigError, DataError
 from xception.evaluation.device import usable_device
 from xception.models import registry
+from xception.ops.backend import fast_precision
 from xception.training.recipe import Recipe
 from xception.weights.bundle import BundleInfo
 from xception.weights.imports import imported_info
@@ -47,6 +48,15 @@ class Plan:
     weights: str | None
     trunk_only: bool
     device: torch.device
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The recipe's, with "auto" decided by the processor."""
+        if self.recipe.precision != "auto":
+            return self.recipe.precision
+        if self.device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return fast_precision() if self.device.type == "cpu" else "fp32"
 
     @property
     def class_names(self) -> tuple[str, ...]:

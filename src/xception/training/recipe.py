@@ -59,8 +59,8 @@ class Recipe:
     """Whether batch norm statistics of the trunk are updated or kept as they came with the weights."""
     norm_momentum: float = 0.1
     """Share of each batch in the running statistics of batch norm (1 - TensorFlow's momentum)."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward; weights and sums stay fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; weights and sums stay fp32. auto: bf16 where the processor multiplies it."""
     channels_last: bool = True
     """N H W C in memory, which CPUs like."""
     backend: Literal["auto", "native", "reference"] = "auto"

@@ -96,7 +96,8 @@ def provenance(plan: Plan, figures: Mapping[str, Any]) -> dict[str, Any]:
         "weights": plan.weights,
         "figures": dict(figures),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "engine": engine(plan.recipe, plan.device),
+        "engine": engine(plan),
+        "precision": plan.precision,
     }
 
 

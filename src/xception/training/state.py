@@ -43,7 +43,7 @@ class TrainingState:
         self.head_average = PolyakAverage(self.head, head_module(average), recipe.polyak_decay)
         self.compiled: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
-        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=recipe.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.precision == "fp16")
         self.progress = Progress()
 
     def averaged(self) -> nn.Module:

@@ -53,7 +53,7 @@ def step_config(plan: Plan) -> StepConfig:
         class_weights=weights,
         auxiliary_weight=recipe.loss.auxiliary_weight,
         clip_norm=recipe.optimizer.clip_norm,
-        precision=recipe.precision,
+        precision=plan.precision,
         device=plan.device,
         channels_last=recipe.channels_last,
     )
@@ -88,16 +88,16 @@ def computing(recipe: Recipe) -> AbstractContextManager[None]:
     return nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
 
 
-def engine(recipe: Recipe, device: torch.device) -> str:
-    """What computes the steps of `recipe` where separable units allow a choice, for people: "native, avx512"."""
-    if device.type != "cpu":
-        return f"torch on {device}"
-    with computing(recipe):
-        if active_backend() == "reference" or recipe.compile:
+def engine(plan: Plan) -> str:
+    """What computes the steps of a run where separable units allow a choice, for people: "native, avx512"."""
+    if plan.device.type != "cpu":
+        return f"torch on {plan.device}"
+    with computing(plan.recipe):
+        if active_backend() == "reference" or plan.recipe.compile:
             return "torch"
-        if recipe.precision == "fp16":
+        if plan.precision == "fp16":
             return "torch (the compiled extension trains in fp32 and bf16)"
-        return f"native, {kernel_level(recipe.precision)}"
+        return f"native, {kernel_level(plan.precision)}"
 
 
 def train_step(

@@ -47,7 +47,7 @@ def evaluate_part(
             multi_label=plan.multi_label,
             importance=plan.source.importance,
             device=plan.device,
-            precision=plan.recipe.precision,
+            precision=plan.precision,
             progress=advance,
         )
     except DataError as error:

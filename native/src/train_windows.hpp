@@ -1,0 +1,139 @@
+// Regular convolutions: windows as matrices, and back. Included by train_kernels.hpp, inside a namespace.
+
+inline float number(float x) { return x; }
+inline float number(bf16 x) { return widen(x); }
+
+// A window's rows one behind the other. Runs are copied in whole vectors, each over the end of the one before it; so
+// near the end of the map number by number.
+template <class S>
+inline void copy_window(const WindowArgs& a, const S* map, int y0, int x0, bool room, float* to) {
+  const Window& w = a.window;
+  const int channels = a.input.channels, run = w.kernel * channels;
+  for (int ky = 0; ky < w.kernel; ++ky) {
+    float* at = to + ky * run;
+    const int y = y0 + ky;
+    const S* from = map + (static_cast<std::int64_t>(y) * w.in_width + x0) * channels;
+    if (room) {
+      for (int i = 0; i < run; i += kGroup) store(at + i, load(from + i));
+      continue;
+    }
+    for (int kx = 0; kx < w.kernel; ++kx) {
+      const bool inside = y >= 0 && y < w.in_height && x0 + kx >= 0 && x0 + kx < w.in_width;
+      for (int c = 0; c < channels; ++c) at[kx * channels + c] = inside ? number(from[kx * channels + c]) : 0.0f;
+    }
+  }
+  const int depth = w.kernel * run;
+  for (int i = 0; i < 2 * kGroup; i += kGroup) store(to + depth + i, zero());
+}
+
+template <class S, class T>
+void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
+  const Window& w = a.window;
+  const int channels = a.input.channels, run = w.kernel * channels;
+  const S* map = reinterpret_cast<const S*>(a.input.data) + static_cast<std::int64_t>(a.image) * w.in_height * w.in_width * channels;
+  const int y0 = row * w.stride - w.pad_top;
+  const bool inside = y0 >= 0 && y0 + w.kernel <= w.in_height;
+  float window[kMostDepth + 2 * kGroup];
+  for (int x = 0; x < w.out_width; ++x) {
+    const int x0 = x * w.stride - w.pad_left;
+    const bool whole = inside && x0 >= 0 && x0 + w.kernel <= w.in_width;
+    // What is read behind the last run still lies in this map.
+    const bool room = whole && (static_cast<std::int64_t>(y0 + w.kernel - 1) * w.in_width + x0) * channels + run + kGroup <=
+                                   static_cast<std::int64_t>(w.in_height) * w.in_width * channels;
+    if (whole && run % kGroup == 0) {
+      int g = 0;
+      for (int ky = 0; ky < w.kernel; ++ky) {
+        const S* from = map + (static_cast<std::int64_t>(y0 + ky) * w.in_width + x0) * channels;
+        for (int i = 0; i < run; i += kGroup, ++g)
+          store(reinterpret_cast<T*>(group_at(a.output, g, out_pixel + x, sizeof(T))), load(from + i));
+      }
+      for (; g < a.groups; ++g) store(reinterpret_cast<T*>(group_at(a.output, g, out_pixel + x, sizeof(T))), zero());
+      continue;
+    }
+    copy_window(a, map, y0, x0, room, window);
+    for (int g = 0; g < a.groups; ++g)
+      store(reinterpret_cast<T*>(group_at(a.output, g, out_pixel + x, sizeof(T))), load(static_cast<const float*>(window + g * kGroup)));
+  }
+}
+
+// Windows of a pixel.
+template <class S, class T>
+void sampled_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
+  const Window& w = a.window;
+  const std::int64_t first = (static_cast<std::int64_t>(a.image) * w.in_height + row * w.stride) * w.in_width;
+  for (int g = 0; g < a.groups; ++g) {
+    const int lanes = lanes_of(a.input, g);
+    const std::byte* from = lanes == 0 ? nullptr : group_at(a.input, g, first, sizeof(S));
+    std::byte* to = group_at(a.output, g, out_pixel, sizeof(T));
+    for (int x = 0; x < w.out_width; ++x)
+      store(reinterpret_cast<T*>(to + x * a.output.pixel),
+            lanes == 0 ? zero() : load_some(reinterpret_cast<const S*>(from + x * w.stride * a.input.pixel), lanes));
+  }
+}
+
+template <class S, class T>
+void windows(const WindowArgs& a) {
+  for (int r = 0; r < a.rows; ++r) {
+    const std::int64_t out_pixel = a.output_pixel + static_cast<std::int64_t>(r) * a.window.out_width;
+    if (a.window.kernel == 1)
+      sampled_row<S, T>(a, a.first_row + r, out_pixel);
+    else
+      window_row<S, T>(a, a.first_row + r, out_pixel);
+  }
+}
+
+// The window that reads `in` by tap `k` of an axis, or -1.
+inline int reader_of(int in, int k, int pad, int windows, int stride) {
+  const int i = in + pad - k;
+  return i >= 0 && i % stride == 0 && i / stride < windows ? i / stride : -1;
+}
+
+inline void readers(const ReaderArgs& a) {
+  const Window& w = a.window;
+  const auto copy_line = [](const std::byte* from, std::byte* to) {
+    store(reinterpret_cast<float*>(to), from == nullptr ? zero() : load(reinterpret_cast<const float*>(from)));
+  };
+  for (int ky = 0; ky < w.kernel; ++ky)
+    for (int kx = 0; kx < w.kernel; ++kx)
+      for (int b = 0; b < a.blocks; ++b) {
+        std::byte* to = a.matrix + ((ky * w.kernel + kx) * a.blocks + b) * a.matrix_block;
+        for (int r = 0; r < a.rows; ++r) {
+          const int oy = reader_of(a.first_row + r, ky, w.pad_top, w.out_height, w.stride);
+          const std::byte* row = a.lines + b * a.block + static_cast<std::int64_t>(oy - a.first_window_row) * w.out_width * kLineBytes;
+          for (int x = 0; x < w.in_width; ++x, to += kLineBytes) {
+            const int ox = oy < 0 ? -1 : reader_of(x, kx, w.pad_left, w.out_width, w.stride);
+            copy_line(ox < 0 ? nullptr : row + static_cast<std::int64_t>(ox) * kLineBytes, to);
+          }
+        }
+      }
+}
+
+template <class S>
+void spread(const SpreadArgs& a) {
+  const Window& w = a.window;
+  const int groups = (a.output.channels + kGroup - 1) / kGroup;
+  for (int g = 0; g < groups; ++g) {
+    const int lanes = lanes_of(a.output, g);
+    const std::byte* from = group_at(a.input, g, a.first_pixel, sizeof(S));
+    for (int r = 0; r < a.rows; ++r)
+      for (int cell = 0; cell < w.stride; ++cell) {
+        const int y = (a.first_row + r) * w.stride + cell;
+        if (y >= w.in_height || (a.add && cell != 0)) break;
+        std::byte* row = group_at(a.output, g, (static_cast<std::int64_t>(a.image) * w.in_height + y) * w.in_width, sizeof(S));
+        const std::byte* source = from + static_cast<std::int64_t>(r) * w.out_width * a.input.pixel;
+        if (cell != 0) {
+          for (int x = 0; x < w.in_width; ++x) store_some(reinterpret_cast<S*>(row + x * a.output.pixel), zero(), lanes);
+          continue;
+        }
+        for (int x = 0; x < w.out_width; ++x) {
+          S* to = reinterpret_cast<S*>(row + static_cast<std::int64_t>(x) * w.stride * a.output.pixel);
+          V v = load(reinterpret_cast<const S*>(source + x * a.input.pixel));
+          if (a.add) v = add(v, load_some(static_cast<const S*>(to), lanes));
+          store_some(to, v, lanes);
+          if (a.add) continue;
+          for (int i = 1; i < w.stride && x * w.stride + i < w.in_width; ++i)
+            store_some(reinterpret_cast<S*>(reinterpret_cast<std::byte*>(to) + i * a.output.pixel), zero(), lanes);
+        }
+      }
+  }
+}
