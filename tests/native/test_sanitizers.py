@@ -16,6 +16,7 @@ TESTS = (
     "tests/inference/test_kernels.py",
     "tests/inference/test_tiles.py",
     "tests/inference/test_compiled.py",
+    "tests/native/test_unit_trainer.py",
     "tests/ops/test_convolutions.py",
     "tests/ops/test_steps.py",
     "tests/ops/test_units.py",

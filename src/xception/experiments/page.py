@@ -63,7 +63,7 @@ def write_rates_page(experiment: Rates, results: Results, outcome: Outcome) -> N
     first = results.lines[0]
     facts = [
         f"scale {outcome.scale}", f"{len(first['training'])} rounds", f"batch {first['batch']}",
-        f"{first['machine']['cpu']}, {first['machine']['threads']} threads",
+        _processor(first["machine"]),
     ]  # fmt: skip
     parts = [
         _header(experiment.title, experiment.claim, facts, outcome),
@@ -113,7 +113,7 @@ def _contrasts(outcome: Outcome) -> str:
         "images and seeds again; those of whole learning curves draw seeds alone. With two or three seeds an "
         "interval knows little about other seeds.</p>"
     )
-    return table(["contrast", "difference", "95 % interval", "verdict"], rows) + note
+    return table(["contrast", "difference", "95 % interval", "verdict"], rows, kind="told") + note
 
 
 def _arms(outcome: Outcome, figure: str) -> str:
@@ -167,10 +167,14 @@ def _runs(lines: Sequence[Line], figure: str) -> str:
     return folded(f"{len(rows)} runs", table(head, rows)) + _machine(lines)
 
 
+def _processor(machine: Mapping[str, Any]) -> str:
+    threads = machine["threads"]
+    return f"{machine['cpu']}, {threads} thread{'' if threads == 1 else 's'}"
+
+
 def _machine(lines: Sequence[Line]) -> str:
     told = dict.fromkeys(
-        f"{line['machine']['cpu']}, {line['machine']['threads']} threads, "
-        f"torch {line['machine']['versions']['torch']}, "
+        f"{_processor(line['machine'])}, torch {line['machine']['versions']['torch']}, "
         f"xception {line['machine']['versions']['xception']}"
         for line in lines
     )

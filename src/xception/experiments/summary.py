@@ -83,6 +83,8 @@ def with_table(text: str, made: str) -> str:
 def main(paths: Sequence[str]) -> None:
     """Put the table of the results beside each document into it."""
     for path in map(Path, paths):
+        if not path.is_file():
+            raise SystemExit(f"expected Markdown files with {BEGIN}, got {str(path)!r}")
         root = path.parent if (path.parent / FOLDER).is_dir() else path.parent.parent
         text = path.read_text(encoding="utf-8")
         path.write_text(with_table(text, table(root / FOLDER)), encoding="utf-8")
