@@ -234,7 +234,7 @@ void UnitTrainer::product_pass(const BatchShape& shape, int depth, int out_chann
     std::int64_t pixels = 1;
     for (const Strip& strip : mine[index_of(t)]) {
       rows = std::max(rows, strip.rows);
-      pixels = std::max<std::int64_t>(pixels, static_cast<std::int64_t>(strip.images) * strip.rows * shape.width);
+      pixels = std::max(pixels, strip.pixels(shape));
     }
     Worker& worker = workers_[index_of(t)];
     room(worker, rows);
@@ -250,10 +250,10 @@ void UnitTrainer::product_pass(const BatchShape& shape, int depth, int out_chann
     barrier.wait();
     float* to = sums.data() + first[index_of(thread)] * 2 * index_of(stride);
     for (const Strip& strip : mine[index_of(thread)]) {
-      const std::int64_t pixels = static_cast<std::int64_t>(strip.images) * strip.rows * shape.width;
+      const std::int64_t pixels = strip.pixels(shape);
       const Pixels matrix = lines(worker.left.data(), pixels);
       produce(strip, worker, matrix);
-      const std::int64_t begin = strip.image * shape.image_pixels() + static_cast<std::int64_t>(strip.first_row) * shape.width;
+      const std::int64_t begin = strip.first_pixel(shape);
       kernels_->multiply(product(matrix, pixels, depth, out_channels, z, begin, worker));
       MapArgs statistics{.z = z, .stride = stride, .last_group = stride / kGroup, .first_pixel = begin,
                          .pixels = static_cast<int>(pixels), .sums = to};
@@ -268,7 +268,7 @@ void UnitTrainer::product_pass(const BatchShape& shape, int depth, int out_chann
       const float* from = sums.data() + c;
       for (const std::vector<Strip>& part : mine)
         for (const Strip& strip : part) {
-          const double pixels = static_cast<double>(strip.images) * strip.rows * shape.width;
+          const auto pixels = static_cast<double>(strip.pixels(shape));
           const double distance = from[0] / pixels - centre, total = count + pixels;
           squares += from[stride] + distance * distance * count * pixels / total;
           centre += distance * pixels / total;

@@ -98,8 +98,6 @@ struct OpenMp {
   int (*thread_count)() = nullptr;
 };
 
-struct PaddedAffine;
-
 class UnitTrainer {
  public:
   // Throws std::invalid_argument for a level without kernels for the type.
@@ -139,6 +137,17 @@ class UnitTrainer {
   };
   struct Strip {  // whole images, or some rows of one
     int image, images, first_row, rows;
+    std::int64_t pixels(const BatchShape& shape) const { return static_cast<std::int64_t>(images) * rows * shape.width; }
+    std::int64_t first_pixel(const BatchShape& shape) const {
+      return image * shape.image_pixels() + static_cast<std::int64_t>(first_row) * shape.width;
+    }
+  };
+  struct Arriving {  // what the backward pass begins with: a gradient behind a normalisation
+    Pixels z, gradient;
+    BatchShape shape;
+    int channels;
+    Affine output;
+    const float* factors;  // [3][channels padded]
   };
 
   Pixels blocked(std::byte* data, int channels, std::int64_t pixels) const;
@@ -164,10 +173,9 @@ class UnitTrainer {
   void reserve_outer(int out_channels, int depth, std::int64_t capacity, Worker& worker) const;
   void total_weights(float* to, int out_channels, int depth, int thread) const;
   void windows_of(const ConvArgs& args, const Strip& strip, const Pixels& output, std::int64_t first_pixel) const;
-  void gradient_of(const ConvBackArgs& args, const PaddedAffine& output, const std::vector<float>& factors,
-                   const Strip& strip, const Pixels& to, std::int64_t first_pixel) const;
-  void input_gradient_of(const ConvBackArgs& args, const PaddedAffine& output, const std::vector<float>& factors,
-                         int image, Worker& worker) const;
+  void clear_outer(int out_channels, int depth, Worker& worker) const;
+  void gradient_of(const Arriving& arriving, const Strip& strip, const Pixels& to, std::int64_t first_pixel) const;
+  void input_gradient_of(const ConvBackArgs& args, const Arriving& arriving, int image, Worker& worker) const;
   template <class Work>
   void on_threads(Work&& work);
 

@@ -48,7 +48,7 @@ int UnitTrainer::steps_of(std::int64_t pixels) const {
   return ceil_div(static_cast<int>((pixels + 1) / 2), train_->step_unit) * train_->step_unit;
 }
 
-// Room to sum `capacity` pixels at a time, and sums of zero.
+// Room to sum `capacity` pixels at a time.
 void UnitTrainer::reserve_outer(int out_channels, int depth, std::int64_t capacity, Worker& worker) const {
   const int left = line_groups(out_channels), right = line_groups(depth);
   if (kernels_->matrix_type != Type::f32) {
@@ -56,7 +56,13 @@ void UnitTrainer::reserve_outer(int out_channels, int depth, std::int64_t capaci
     reserve(worker.left_pairs, bytes_for(left * group));
     reserve(worker.right_pairs, bytes_for(right * group));
   }
-  clear(worker.weight_gradient, bytes_for(static_cast<std::int64_t>(left) * kGroup * right * kGroup, sizeof(float)));
+  reserve(worker.weight_gradient, bytes_for(static_cast<std::int64_t>(left) * kGroup * right * kGroup, sizeof(float)));
+}
+
+// By the worker's own thread, in whose cache they then are.
+void UnitTrainer::clear_outer(int out_channels, int depth, Worker& worker) const {
+  const std::int64_t sums = static_cast<std::int64_t>(line_groups(out_channels)) * kGroup * line_groups(depth) * kGroup;
+  clear(worker.weight_gradient, bytes_for(sums, sizeof(float)));
 }
 
 // The first pixels of the worker's two matrices, which are laid out for `capacity` of them, go into its sums.
@@ -96,6 +102,16 @@ void UnitTrainer::total_weights(float* to, int out_channels, int depth, int thre
 }
 
 // ------------------------------------------------------------------------------------------------------- units
+
+// Through the normalisation, as matrix lines.
+void UnitTrainer::gradient_of(const Arriving& arriving, const Strip& strip, const Pixels& to, std::int64_t first_pixel) const {
+  const MapArgs through{.z = arriving.z, .gradient = arriving.gradient, .output = to, .scale = arriving.output.scale,
+                        .shift = arriving.output.shift, .factors = arriving.factors,
+                        .stride = padded_channels(arriving.channels), .relu = arriving.output.relu,
+                        .last_group = line_groups(arriving.channels), .first_pixel = strip.first_pixel(arriving.shape),
+                        .output_pixel = first_pixel, .pixels = static_cast<int>(strip.pixels(arriving.shape))};
+  train_->gradient(through);
+}
 
 void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, int first_image,
                                  int images, Worker& worker) const {
@@ -163,7 +179,7 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
   const int in = unit.in_channels, out = unit.out_channels, threads = team_.size();
   const PaddedAffine load(unit.load, in), output(args.output, out);
   const std::vector<float> factors = per_channel(args.factors, out, 3), means = per_channel(args.in_mean, in);
-  const int in_stride = padded_channels(in), out_stride = padded_channels(out);
+  const int in_stride = padded_channels(in);
   const int in_groups = line_groups(in), out_groups = line_groups(out);
   const bool weights_wanted = args.weight_gradient != nullptr;
   reserve_weights(out, in);
@@ -173,9 +189,6 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
   struct Task {
     int image, images;
     std::vector<Strip> strips;
-  };
-  const auto pixels_of_strip = [&](const Strip& strip) {
-    return static_cast<std::int64_t>(strip.images) * strip.rows * shape.width;
   };
   const int widest = std::max(in, out);
   const auto together = static_cast<int>(std::max<std::int64_t>(kOuterPixels / shape.image_pixels(), 1));
@@ -190,7 +203,7 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
       const int first = images.begin + part.begin, count = part.end - part.begin;
       mine[index_of(t)].push_back({first, count, strips(shape, widest, first, first + count)});
       task_images = std::max<std::int64_t>(task_images, count);
-      for (const Strip& strip : mine[index_of(t)].back().strips) capacity = std::max(capacity, pixels_of_strip(strip));
+      for (const Strip& strip : mine[index_of(t)].back().strips) capacity = std::max(capacity, strip.pixels(shape));
       capacity = std::max(capacity, std::min<std::int64_t>(count * shape.image_pixels(), kOuterPixels));
     }
   }
@@ -211,9 +224,13 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
     clear(worker.sums, bytes_for(2 * in_stride, sizeof(float)));
   }
   const Pixels input = pixels_of(unit.input, in, shape.pixels());
+  const Arriving arriving{.z = blocked(unit.z, out, shape.pixels()),
+                          .gradient = pixels_of(args.gradient, out, shape.pixels()), .shape = shape, .channels = out,
+                          .output = output.affine, .factors = factors.data()};
 
   on_threads([&](int thread, Barrier& barrier) {
     Worker& worker = workers_[index_of(thread)];
+    if (weights_wanted) clear_outer(out, in, worker);
     pack(unit.weights, out, in, true, thread);
     barrier.wait();
     const Pixels left = lines(worker.left.data(), capacity), right = lines(worker.right.data(), capacity);
@@ -221,22 +238,15 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
       const Pixels gradient = blocked(worker.gradient.data(), in, task.images * shape.image_pixels());
       std::int64_t waiting = 0;  // pixels in the matrices that are not yet in the weights' gradient
       for (const Strip& strip : task.strips) {
-        const std::int64_t pixels = pixels_of_strip(strip);
+        const std::int64_t pixels = strip.pixels(shape);
         if (waiting + pixels > capacity) {
           if (weights_wanted) add_outer(waiting, out, in, capacity, worker);
           waiting = 0;
         }
-        const std::int64_t row = static_cast<std::int64_t>(strip.first_row) * shape.width;
-        MapArgs through{.z = blocked(unit.z, out, shape.pixels()),
-                        .gradient = pixels_of(args.gradient, out, shape.pixels()), .output = left,
-                        .scale = output.affine.scale, .shift = output.affine.shift, .factors = factors.data(),
-                        .stride = out_stride, .relu = args.output.relu, .last_group = out_groups,
-                        .first_pixel = strip.image * shape.image_pixels() + row, .output_pixel = waiting,
-                        .pixels = static_cast<int>(pixels)};
-        train_->gradient(through);
+        gradient_of(arriving, strip, left, waiting);
         Pixels matrix = left;
         matrix.data += waiting * kLineBytes;
-        const std::int64_t begin = (strip.image - task.image) * shape.image_pixels() + row;
+        const std::int64_t begin = strip.first_pixel(shape) - task.image * shape.image_pixels();
         kernels_->multiply(product(matrix, pixels, out, in, gradient, begin, worker));
         if (weights_wanted) produce(unit, input, load.affine, strip, worker, right, waiting);
         waiting += pixels;

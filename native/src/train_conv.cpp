@@ -9,23 +9,8 @@
 
 namespace xception {
 
-// Through the normalisation, as matrix lines.
-void UnitTrainer::gradient_of(const ConvBackArgs& args, const PaddedAffine& output, const std::vector<float>& factors,
-                              const Strip& strip, const Pixels& to, std::int64_t first_pixel) const {
-  const int out = args.conv.out_channels;
-  const BatchShape shape = args.conv.shape();
-  const std::int64_t row = static_cast<std::int64_t>(strip.first_row) * shape.width;
-  const MapArgs through{.z = blocked(args.conv.z, out, shape.pixels()), .gradient = channels_last(args.gradient, out),
-                        .output = to, .scale = output.affine.scale, .shift = output.affine.shift,
-                        .factors = factors.data(), .stride = padded_channels(out), .relu = args.output.relu,
-                        .last_group = line_groups(out), .first_pixel = strip.image * shape.image_pixels() + row,
-                        .output_pixel = first_pixel, .pixels = strip.images * strip.rows * shape.width};
-  train_->gradient(through);
-}
-
 // Of an image, by windows of more than a pixel: strips of its own rows, and of the windows' rows that read them.
-void UnitTrainer::input_gradient_of(const ConvBackArgs& args, const PaddedAffine& output, const std::vector<float>& factors,
-                                    int image, Worker& worker) const {
+void UnitTrainer::input_gradient_of(const ConvBackArgs& args, const Arriving& arriving, int image, Worker& worker) const {
   const ConvArgs& conv = args.conv;
   const Window& w = conv.window;
   const BatchShape shape = conv.input_shape();
@@ -36,11 +21,11 @@ void UnitTrainer::input_gradient_of(const ConvBackArgs& args, const PaddedAffine
                                     .out_width = shape.width},
                          .image = image, .add = args.adds};
   for (const Strip& strip : strips(shape, depth, image, image + 1)) {
-    const std::int64_t pixels = static_cast<std::int64_t>(strip.rows) * shape.width;
+    const std::int64_t pixels = strip.pixels(shape);
     const int first = std::clamp((strip.first_row + w.pad_top - w.kernel + 1) / w.stride - 1, 0, w.out_height);
     const int last = std::clamp((strip.first_row + strip.rows - 1 + w.pad_top) / w.stride + 1, first, w.out_height);
     const Pixels left = lines(worker.left.data(), static_cast<std::int64_t>(last - first) * w.out_width);
-    gradient_of(args, output, factors, {image, 1, first, last - first}, left, 0);
+    gradient_of(arriving, {image, 1, first, last - first}, left, 0);
     const Pixels matrix = lines(worker.right.data(), pixels);
     const ReaderArgs readers{.lines = left.data, .block = left.block, .blocks = blocks, .first_window_row = first,
                              .window = w, .first_row = strip.first_row, .rows = strip.rows, .matrix = matrix.data,
@@ -86,13 +71,13 @@ void UnitTrainer::convolve_backward(const ConvBackArgs& args) {
     const Range images = share(shape.images, t, threads);
     mine[index_of(t)] = strips(shape, std::max(depth, out), images.begin, images.end);
     for (const Strip& strip : mine[index_of(t)])
-      capacity = std::max(capacity, static_cast<std::int64_t>(strip.images) * strip.rows * shape.width);
+      capacity = std::max(capacity, strip.pixels(shape));
   }
   // A strip of the input's rows, and as many rows of windows with those that overlap.
   std::int64_t in_pixels = 1, read_pixels = 1;
   if (input_wanted && !direct)
     for (const Strip& strip : strips(in_shape, reader_groups * kGroup, 0, 1)) {
-      in_pixels = std::max<std::int64_t>(in_pixels, static_cast<std::int64_t>(strip.rows) * in_shape.width);
+      in_pixels = std::max(in_pixels, strip.pixels(in_shape));
       const int rows = std::min((strip.rows + w.kernel) / w.stride + 3, shape.height);
       read_pixels = std::max<std::int64_t>(read_pixels, static_cast<std::int64_t>(rows) * shape.width);
     }
@@ -107,16 +92,20 @@ void UnitTrainer::convolve_backward(const ConvBackArgs& args) {
     if (weights_wanted) reserve_outer(out, depth, capacity, worker);
   }
 
+  const Arriving arriving{.z = blocked(conv.z, out, shape.pixels()), .gradient = channels_last(args.gradient, out),
+                          .shape = shape, .channels = out, .output = output.affine, .factors = factors.data()};
+
   on_threads([&](int thread, Barrier& barrier) {
     Worker& worker = workers_[index_of(thread)];
+    if (weights_wanted) clear_outer(out, depth, worker);
     if (input_wanted && direct) pack(conv.weights, out, in, true, thread);
     if (input_wanted && !direct) pack(turned.data(), in, reader_groups * kGroup, false, thread);
     barrier.wait();
     const Pixels left = lines(worker.left.data(), capacity), right = lines(worker.right.data(), capacity);
     for (const Strip& strip : mine[index_of(thread)]) {
       if (!weights_wanted && !direct) break;
-      const std::int64_t pixels = static_cast<std::int64_t>(strip.images) * strip.rows * shape.width;
-      gradient_of(args, output, factors, strip, left, 0);
+      const std::int64_t pixels = strip.pixels(shape);
+      gradient_of(arriving, strip, left, 0);
       if (weights_wanted) {
         windows_of(conv, strip, right, 0);
         add_outer(pixels, out, depth, capacity, worker);
@@ -134,7 +123,7 @@ void UnitTrainer::convolve_backward(const ConvBackArgs& args) {
     }
     if (input_wanted && !direct) {
       const Range images = share(shape.images, thread, threads);
-      for (int image = images.begin; image < images.end; ++image) input_gradient_of(args, output, factors, image, worker);
+      for (int image = images.begin; image < images.end; ++image) input_gradient_of(args, arriving, image, worker);
     }
     barrier.wait();
     if (weights_wanted) total_weights(args.weight_gradient, out, depth, thread);

@@ -94,7 +94,7 @@ class Rates:
                 found = lines[network]["parameters"]
                 return False, f"{network} has {found:,} parameters, the paper counts {parameters:,}"
         ratio, low, high = ratio_interval(lines[XCEPTION]["training"], lines[INCEPTION_V3]["training"])
-        told = f"the counts are the paper's; Xception takes {ratio:.2f} times Inception V3's steps/s"
+        told = f"the counts are the paper's; Xception makes {ratio:.2f} times Inception V3's steps/s"
         told += f" ({low:.2f} to {high:.2f} over {len(lines[XCEPTION]['training'])} rounds, in the paper {28 / 31:.2f})"
         if high < 1:
             return True, told

@@ -198,7 +198,7 @@ def kernel_level(precision: Precision) -> str:
 
 
 def fast_precision() -> Precision:
-    """ "bf16" where this processor multiplies it faster than float32 and `XCEPTION_MAX_ISA` allows it, else "fp32".
+    """The faster of fp32 and bf16: the latter where the processor multiplies it and `XCEPTION_MAX_ISA` allows it.
 
     Raises ConfigError like `cpu_features`.
     """

@@ -182,7 +182,10 @@ class _NormalisedConv(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         kept, tensors = saved[:5], saved[5:]
         if needs_definition(gradient):
-            definition = lambda: reference.normalised_conv2d(x, rebuilt(plan, tensors), output_relu=ctx.output_relu)  # noqa: E731
+
+            def definition() -> Tensor:
+                return reference.normalised_conv2d(x, rebuilt(plan, tensors), output_relu=ctx.output_relu)
+
             return (None, None, *definition_gradients(definition, x, gradient, [x, *tensors]))
         trainer = trainer_for(x)
         rows = channels_last(x)

@@ -6,6 +6,7 @@ Nothing here works in place, so an input may safely be a shortcut's source as we
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -175,7 +176,7 @@ def max_pool3x3(x: Tensor, sampling: PoolSampling) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Normalised:
+class Normalised(ABC):
     """Batch normalisation of C' channels.
 
     `scale` and `offset` are its gamma and beta, or None for 1 and 0. Where it `gathers`, it normalises by the batch's
@@ -191,9 +192,9 @@ class Normalised:
     epsilon: float = 1e-3
 
     @property
+    @abstractmethod
     def channels(self) -> int:
         """C'."""
-        raise NotImplementedError
 
     def parameters(self) -> Iterator[Tensor]:
         """What may be trained."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ from xception.ops.trainer import (
     update_running,
 )
 from xception.ops.trainer import covers as covers
+
+if TYPE_CHECKING:
+    from xception.ops.backend import UnitTrainer
 
 _MOST_DILATION = 64  # padding is really there, around each map
 
@@ -222,7 +225,7 @@ class _SeparableUnits(torch.autograd.Function):
         trainer = trainer_for(x)
         rows = channels_last(x)
         arrived = channels_last(gradient.to(rows.dtype))
-        of_x, results = _units_backward(plan, rows, kept, tensors, arrived, ctx.needs_input_grad[1], wanted)
+        of_x, results = _units_backward(trainer, plan, rows, kept, tensors, arrived, ctx.needs_input_grad[1], wanted)
         if plan.projection is not None:
             begin = _OF_A_UNIT * plan.count
             of_weight, of_scale, of_offset = convolutions.backward(
@@ -236,6 +239,7 @@ class _SeparableUnits(torch.autograd.Function):
 
 
 def _units_backward(
+    trainer: UnitTrainer,
     plan: _Plan,
     rows: Tensor,
     kept: Sequence[Tensor],
@@ -245,7 +249,6 @@ def _units_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of the input, N H W C, by the units and the identity; and of the units' tensors."""
-    trainer = trainer_for(rows)
     sizes = _sizes(rows)
     count = sizes[0] * sizes[1] * sizes[2]
     results: list[Tensor | None] = [None] * (_OF_A_UNIT * plan.count)
