@@ -23,7 +23,7 @@ namespace {
 
 // Raised with every change of this module's interface. xception/ops/backend.py expects the same number, so
 // that an extension left over from an earlier editable install is noticed instead of misused.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 nb::dict to_dict(const xception::CpuFeatures& features) {
   nb::dict out;
@@ -199,18 +199,19 @@ void bind_network(nb::module_& m) {
           [](Network& n, int input, const Floats<2>& filters, const std::optional<Floats<1>>& filter_bias,
              const std::string& middle, const Floats<2>& weights, const std::optional<Floats<1>>& bias, int kernel,
              int stride, int dilation, const std::string& padding, int amount, bool input_relu, int residual,
-             const std::string& activation) {
+             const std::string& activation, const std::optional<Floats<1>>& steps) {
             return n.separable(input, sampling_of(kernel, stride, dilation, padding, amount),
                                {filters.data(), filters.size()}, numbers(filter_bias), activation_of(middle),
                                size_of(weights.shape(0)), {weights.data(), weights.size()}, numbers(bias),
-                               input_relu, residual, activation_of(activation));
+                               input_relu, residual, activation_of(activation), numbers(steps));
           },
           given, nb::kw_only(), nb::arg("filters").noconvert(),
           nb::arg("filter_bias").noconvert().none() = nb::none(), "middle"_a = "none",
           nb::arg("weights").noconvert(), nb::arg("bias").noconvert().none() = nb::none(), "kernel"_a,
           "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0, "input_relu"_a = false,
-          "residual"_a = -1, "activation"_a = "none",
-          "A separable convolution; filters (k * k) x in, weights out x in. Returns the number of its value.")
+          "residual"_a = -1, "activation"_a = "none", nb::arg("steps").noconvert().none() = nb::none(),
+          "A separable convolution; filters (k * k) x in, weights out x in. With `steps`, one a channel, its product is "
+          "of bytes, which count such steps. Returns the number of its value.")
       .def(
           "depthwise",
           [](Network& n, int input, const Floats<2>& filters, const std::optional<Floats<1>>& bias, int kernel,
@@ -296,7 +297,8 @@ xception::Type type_of(const std::string& word) {
 bool runs_kernels(const std::string& level, const std::string& type) {
   const xception::CpuFeatures features = xception::cpu_features();
   return level == "scalar" || (level == "avx2" && features.avx2) || (level == "avx512" && features.avx512) ||
-         (level == "avx512_bf16" && features.avx512_bf16) ||
+         (level == "avx512_bf16" && features.avx512_bf16 && features.avx512_vnni) ||
+         (level == "avx512_vnni" && features.avx512_vnni) ||
          (level == "amx_bf16" && features.amx_bf16 && type == "bf16") ||
          (level == "amx_fp16" && features.amx_fp16 && type == "fp16") ||
          ((level == "amx_emulated" || level == "amx_half_emulated") && features.avx512 && type != "fp32");  // for tests

@@ -218,16 +218,18 @@ void Network::run_chain(const Layout& layout, int begin, std::byte* arena, const
       ProducerArgs own, other;
       const int at = prepared == k ? prepared_at : 0;
       if (interleaves && filler(k, now, worker.matrices[at].data(), own)) {
-        if (prepared != k) worker.kernels->depthwise(own);
+        const bool in_bytes = layer.in_bytes;
+        if (prepared != k) (in_bytes ? worker.kernels->depthwise_u8 : worker.kernels->depthwise)(own);
         company.matrix = own.matrix;
         company.matrix_block = own.matrix_block;
         prepared = -1;
         prepared_at = 1 - at;
         std::byte* matrix = worker.matrices[prepared_at].data();
-        if (k < end && filler(k + 1, now, matrix, other)) {
+        const auto alike = [&](int other_layer) { return layers_[index_of(other_layer)].in_bytes == in_bytes; };
+        if (k < end && alike(k + 1) && filler(k + 1, now, matrix, other)) {
           prepared = k + 1;
           company.follows = true;
-        } else if (k == last_product && now.end_row < mine.end && filler(begin, next, matrix, other)) {
+        } else if (k == last_product && now.end_row < mine.end && alike(begin) && filler(begin, next, matrix, other)) {
           prepared = begin;
         }
         if (prepared >= 0) company.beside = &other;

@@ -62,13 +62,13 @@ CpuFeatures interpret_x86(const X86Registers& r, bool tile_permission) noexcept 
   if (!features.avx512) return features;
   features.avx512_vnni = bit(r.leaf7_ecx, 11);
   features.avx512_fp16 = bit(r.leaf7_edx, 23);
-  features.avx512_bf16 = bit(r.leaf7_1_eax, 5);
+  features.avx512_bf16 = bit(r.leaf7_1_eax, 5) && features.avx512_vnni;
 
   const bool tiles = bit(r.leaf7_edx, 24) && all_bits(r.xcr0, kTileState) && tile_permission &&
                      is_known_palette(r.tile_palette_ebx, r.tile_palette_ecx);
   if (!tiles) return features;
   features.amx_int8 = bit(r.leaf7_edx, 25);
-  features.amx_bf16 = bit(r.leaf7_edx, 22);
+  features.amx_bf16 = bit(r.leaf7_edx, 22) && features.amx_int8;
   features.amx_fp16 = bit(r.leaf7_1_eax, 21);  // missing from /proc/cpuinfo's flags
   return features;
 }

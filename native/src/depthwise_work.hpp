@@ -37,6 +37,15 @@ inline void store_line(bf16* p, Two x) {
 #endif
 }
 
+template <class T>
+inline void store_line(T* p, Two x, int /*zero_point*/) {
+  store_line(p, x);
+}
+inline void store_line(u8* p, Two x, int zero_point) {
+  store(p, x.lo, zero_point);
+  store(p + kGroup, x.hi, zero_point);
+}
+
 template <class S>
 struct FloatLine {
   using Stored = S;
@@ -55,8 +64,8 @@ struct FloatLine {
   static FloatLine of(Two x) { return {x}; }
   Two widen() const { return v; }
   template <class T>
-  void put(T* p) const {
-    store_line(p, v);
+  void put(T* p, int zero_point = 0) const {
+    store_line(p, v, zero_point);
   }
 };
 template <class S>
@@ -97,7 +106,8 @@ struct PairLine {
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
     return {{_mm512_permutex2var_ps(v.lo.a, lower, v.hi.a)}, {_mm512_permutex2var_ps(v.lo.a, upper, v.hi.a)}};
   }
-  void put(bf16* p) const {
+  void put(u8* p, int zero_point) const { store_line(p, widen(), zero_point); }
+  void put(bf16* p, int /*zero_point*/ = 0) const {
     const __m512i even = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.lo.a)));
     const __m512i odd = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.hi.a)));
     _mm512_storeu_si512(p, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
@@ -119,8 +129,9 @@ struct HalfLine {
   static constexpr int kFilterBytes = kLineBytes;
   static HalfLine of(Two x) { return {narrow(x.lo, x.hi)}; }
   Two widen() const { return {low(v), high(v)}; }
-  void put(f16* p) const { store(reinterpret_cast<H*>(p), v); }
-  void put(bf16* p) const { store_line(p, widen()); }
+  void put(f16* p, int /*zero_point*/ = 0) const { store(reinterpret_cast<H*>(p), v); }
+  void put(bf16* p, int /*zero_point*/ = 0) const { store_line(p, widen()); }
+  void put(u8* p, int zero_point) const { store(p, v, zero_point); }
 };
 inline HalfLine fma(HalfLine x, HalfLine y, HalfLine z) { return {fma(x.v, y.v, z.v)}; }
 inline HalfLine add(HalfLine x, HalfLine y) { return {add(x.v, y.v)}; }
@@ -188,7 +199,8 @@ class DepthwiseWork {
     window_rows(a_.window, input_, a_.first_row + row_, rows_);
     for (int k = 0; k < a_.window.kernel; ++k)
       if (rows_[k] == nullptr) rows_[k] = a_.zeros;
-    out_ = a_.matrix + block_ * a_.matrix_block + static_cast<std::int64_t>(row_) * a_.window.out_width * kLineBytes;
+    out_ = a_.matrix + group_offset<T>(2 * block_, a_.matrix_block) +
+           static_cast<std::int64_t>(row_) * a_.window.out_width * kLineBytes;
   }
 
   // A few pixels of a row; how many.
@@ -251,14 +263,14 @@ class DepthwiseWork {
         const Two weight = Line::filter(filter_, kernel * kernel, ky * kernel + kx).widen();
         sum = {fma(pixel.lo, weight.lo, sum.lo), fma(pixel.hi, weight.hi, sum.hi)};
       }
-    store_line(line<T>(out_, x_), activate(sum, a_.activation));
+    store_line(line<T>(out_, x_), activate(sum, a_.activation), a_.zero_point);
   }
 
   void put(int x, Line sum) const {
     if (a_.activation == Activation::none)
-      sum.put(line<T>(out_, x));
+      sum.put(line<T>(out_, x), a_.zero_point);
     else
-      store_line(line<T>(out_, x), activate(sum.widen(), a_.activation));
+      store_line(line<T>(out_, x), activate(sum.widen(), a_.activation), a_.zero_point);
   }
 
   const ProducerArgs& a_;

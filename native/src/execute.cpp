@@ -27,8 +27,12 @@ double thread_seconds() {
 #endif
 }
 
-// Channels that a producer handles: all lanes of the matrix's lines, so that none is left unwritten.
-int whole_lines(int channels, Type type) { return ceil_div(channels, lane_count(type)) * lane_count(type); }
+// Channels that a producer handles: all lanes of the matrix's lines, so that none is left unwritten. Of bytes only whole
+// panels: whatever lies behind them, a weight of zero makes it zero.
+int whole_lines(int channels, Type type) {
+  const int lanes = type == Type::u8 ? kPanel : lane_count(type);
+  return ceil_div(channels, lanes) * lanes;
+}
 
 }  // namespace
 
@@ -57,7 +61,7 @@ ProducerArgs Network::producer_for(const Layer& layer, const Window& window, con
   producer.input = rows.input.data;
   producer.input_block = rows.input.block;
   producer.channels =
-      layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, worker.kernels->matrix_type);
+      layer.kind == Kind::image ? layer.in_channels : whole_lines(layer.in_channels, matrix_type(layer));
   producer.input_relu = layer.input_relu && !rows.input_rectified;
   producer.input_as_matrix = rows.input_as_matrix;
   producer.zeros = worker.zeros.data();
@@ -67,6 +71,7 @@ ProducerArgs Network::producer_for(const Layer& layer, const Window& window, con
     producer.weights = (halves ? layer.half_filters : layer.filters).data();
     producer.bias = bias.size() > 0 ? bias.data() : nullptr;
     producer.activation = layer.middle;
+    producer.zero_point = layer.zero_point;
   }
   return producer;
 }
@@ -79,6 +84,8 @@ MultiplyArgs Network::product_for(const Layer& layer, const Rows& rows, const Wo
   product.weights = layer.weights.data();
   product.panel_bytes = layer.panel_bytes;
   product.bias = reinterpret_cast<const float*>(layer.bias.data());
+  product.offset = reinterpret_cast<const std::int32_t*>(layer.offset.data());
+  product.scale = reinterpret_cast<const float*>(layer.scale.data());
   product.output_block = rows.output.block;
   product.residual_block = rows.residual.block;
   product.activation = rows.output_rectified ? Activation::relu : layer.activation;
@@ -90,7 +97,7 @@ MultiplyArgs Network::product_for(const Layer& layer, const Rows& rows, const Wo
 
 // In how many parts these rows' matrix is made, so that each stays in the cache.
 int Network::strips_of(const Layer& layer, const Window& window, int rows) const {
-  const int lines = ceil_div(layer.depth, lane_count(kernels_->matrix_type));
+  const int lines = ceil_div(layer.depth, lane_count(matrix_type(layer)));
   const std::int64_t row_bytes = static_cast<std::int64_t>(window.out_width) * kLineBytes * lines;
   return ceil_div(rows, static_cast<int>(std::clamp<std::int64_t>(kMatrixBytes / row_bytes, 1, rows)));
 }
@@ -118,6 +125,7 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
     return producer;
   };
   const bool ahead = kernels.interleaves && layer.kind == Kind::separable;  // the next strip during this one
+  const auto multiply = layer.in_bytes ? kernels.multiply_u8 : kernels.multiply;
   std::byte* matrix = worker.matrices[0].data();
   for (int strip = 0; strip < strips; ++strip) {
     const Range range = share(rows.count, strip, strips);
@@ -136,7 +144,7 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
       else if (layer.kind == Kind::convolution)
         kernels.patches(producer);
       else if (strip == 0 || !ahead)
-        kernels.depthwise(producer);
+        (layer.in_bytes ? kernels.depthwise_u8 : kernels.depthwise)(producer);
     }
     ProducerArgs next;
     product.beside = strip + 1 == strips ? company.beside : nullptr;
@@ -150,7 +158,7 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
     product.pixels = (range.end - range.begin) * window.out_width;
     product.output = rows.output.data + line_bytes(range.begin);
     product.residual = rows.residual.data == nullptr ? nullptr : rows.residual.data + line_bytes(range.begin);
-    kernels.multiply(product);
+    multiply(product);
   }
 }
 

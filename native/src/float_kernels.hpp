@@ -17,6 +17,8 @@ constexpr Kernels float_kernels(Type type) {
       .reduce = reduce<S>,
       .multiply = multiply<DotFloat, S>,
       .multiply_f32 = multiply<DotFloat, float>,
+      .depthwise_u8 = depthwise<S, u8>,
+      .multiply_u8 = multiply<DotBytes, S>,
       .begin_thread = nullptr,
       .end_thread = nullptr,
   };

@@ -25,14 +25,14 @@ std::int64_t flow_block(const Window& window, int images) {
   return spread(static_cast<std::int64_t>(images) * window.out_height * window.out_width * kLineBytes);
 }
 
-// The part of a depthwise convolution that concerns these blocks.
-ProducerArgs blocks_of(ProducerArgs args, Range blocks, bool half_filters) {
+// The part of a depthwise convolution that concerns these blocks, of which a line of the matrix holds so many.
+ProducerArgs blocks_of(ProducerArgs args, Range blocks, bool half_filters, int per_line) {
   const int taps = args.window.kernel * args.window.kernel;
   const std::int64_t tap_bytes = half_filters ? kLineBytes : 2 * kLineBytes;
   args.weights = static_cast<const std::byte*>(args.weights) + blocks.begin * taps * tap_bytes;
   if (args.bias != nullptr) args.bias = static_cast<const std::byte*>(args.bias) + blocks.begin * tap_bytes;
   if (args.input_ring == 0) args.input += blocks.begin * args.input_block;
-  args.matrix += blocks.begin * args.matrix_block;
+  args.matrix += blocks.begin / per_line * args.matrix_block;
   args.channels = (blocks.end - blocks.begin) * kPanel;
   return args;
 }
@@ -51,7 +51,8 @@ void Network::find_flows(Layout& layout, int value) const {
     if (layers_[index_of(i)].residual >= 0) ++uses[index_of(layers_[index_of(i)].residual)];
   }
   const auto matrix_bytes = [&](int i, int images) {
-    return flow_block(layout.windows[index_of(i)], images) * panels_of(layers_[index_of(i)].depth);
+    const Layer& layer = layers_[index_of(i)];
+    return flow_block(layout.windows[index_of(i)], images) * ceil_div(layer.depth, lane_count(matrix_type(layer)));
   };
   const auto fits = [&](int i) {
     return layers_[index_of(i)].kind == Kind::separable && matrix_bytes(i, 1) <= 1 << 20;
@@ -59,7 +60,8 @@ void Network::find_flows(Layout& layout, int value) const {
   for (int begin = 0; begin < value;) {
     int end = begin;
     while (fits(end) && end + 1 < value && fits(end + 1) &&
-           layers_[index_of(end + 1)].input == layers_[index_of(end)].output)
+           layers_[index_of(end + 1)].input == layers_[index_of(end)].output &&
+           layers_[index_of(end + 1)].in_bytes == layers_[index_of(end)].in_bytes)
       ++end;
     if (end > begin) {
       // So many images that the least is moved for each: the weights once for all, and what does not fit twice.
@@ -99,6 +101,14 @@ void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const 
   const int end = layout.flow_end[index_of(begin)];
   const Kernels& kernels = *worker.kernels;
   const int count = span.count;
+  const bool in_bytes = layers_[index_of(begin)].in_bytes;
+  const int per_line = in_bytes ? lane_count(Type::u8) / kPanel : 1;
+  // This thread's panels: of each line of a matrix all.
+  const auto share_of = [&](int channels) {
+    const int panels = panels_of(channels);
+    const Range lines = share(ceil_div(panels, per_line), part.index, part.count);
+    return Range{lines.begin * per_line, std::min(lines.end * per_line, panels)};
+  };
   const auto rows_at = [&](int k) {
     const int rows = count * layout.windows[index_of(k)].out_height;
     return rows_of(layers_[index_of(k)], layout, arena, images, span.first, {0, rows});
@@ -116,18 +126,18 @@ void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const 
     args.rows = count * window.out_height;
     args.matrix = matrices[(k - begin) % 2];
     args.matrix_block = flow_block(window, count);
-    return blocks_of(args, blocks, kernels.half_filters);
+    return blocks_of(args, blocks, kernels.half_filters, per_line);
   };
   const auto meet = [&] {
     if (barrier != nullptr) barrier->wait();
   };
-  kernels.depthwise(filler(begin, share(panels_of(layers_[index_of(begin)].in_channels), part.index, part.count)));
+  (in_bytes ? kernels.depthwise_u8 : kernels.depthwise)(filler(begin, share_of(layers_[index_of(begin)].in_channels)));
   meet();
   for (int k = begin; k <= end; ++k) {
     const Layer& layer = layers_[index_of(k)];
     const Window& window = layout.windows[index_of(k)];
     const Rows rows = rows_at(k);
-    const Range panels = share(panels_of(layer.out_channels), part.index, part.count);
+    const Range panels = share_of(layer.out_channels);
     MultiplyArgs product = product_for(layer, rows, worker);
     product.matrix = matrices[(k - begin) % 2];
     product.matrix_block = flow_block(window, count);
@@ -149,9 +159,9 @@ void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const 
       product.beside = &next;
       product.follows = true;
       product.next_weights =
-          after.weights.data() + share(panels_of(after.out_channels), part.index, part.count).begin * after.panel_bytes;
+          after.weights.data() + share_of(after.out_channels).begin * after.panel_bytes;
     }
-    kernels.multiply(product);
+    (in_bytes ? kernels.multiply_u8 : kernels.multiply)(product);
     meet();
   }
 }

@@ -1,4 +1,5 @@
-// Conversions of 16-bit floats, one at a time: for packing weights, and for machines without instructions for it.
+// The narrow types of matrices, and conversions of 16-bit floats, one at a time: for packing weights, and for machines
+// without instructions for it.
 #pragma once
 
 #include <bit>
@@ -11,6 +12,10 @@ struct bf16 {
 };
 struct f16 {
   std::uint16_t bits;
+};
+// A number of steps behind a zero point.
+struct u8 {
+  std::uint8_t steps;
 };
 
 namespace {  // of each file for itself: files are compiled for different processors

@@ -14,7 +14,7 @@
 
 namespace xception {
 
-enum class Type : std::uint8_t { f32, bf16, f16 };
+enum class Type : std::uint8_t { f32, bf16, f16, u8 };  // u8: of matrices only
 enum class Activation : std::uint8_t { none, relu, elu };
 
 inline constexpr int kGroup = 16;       // channels that are handled at a time: a vector of 16 floats
@@ -42,6 +42,7 @@ struct ProducerArgs {
   const std::byte* residual = nullptr;  // `filter` only: at the output's first pixel, or null
   std::int64_t residual_block = 0;
   const std::byte* zeros = nullptr;  // `in_width` lines of zeros: a row outside of the map
+  int zero_point = 0;                // a matrix of u8: what stands for zero
   int first_row = 0, rows = 0;       // output rows
   std::byte* matrix = nullptr;
   std::int64_t matrix_block = 0;
@@ -72,6 +73,9 @@ struct MultiplyArgs {
   const std::byte* weights = nullptr;   // as `pack` lays them out
   std::int64_t panel_bytes = 0;
   const float* bias = nullptr;          // [panels * 32]
+  // A matrix of u8, both [panels * 32]: what is added to the sums, and what they are multiplied by then.
+  const std::int32_t* offset = nullptr;
+  const float* scale = nullptr;
   const std::byte* residual = nullptr;  // at the output's first pixel, or null
   std::int64_t residual_block = 0;
   std::byte* output = nullptr;
@@ -128,6 +132,10 @@ struct Kernels {
   void (*reduce)(const ReduceArgs&) = nullptr;
   void (*multiply)(const MultiplyArgs&) = nullptr;
   void (*multiply_f32)(const MultiplyArgs&) = nullptr;  // everything float: the classifier
+  // The same as `depthwise` and `multiply`, with u8 as the matrix's type and signed bytes as weights: K counts up to a
+  // multiple of 4, or of 64 where they `interleave`. Sums are exact. Null where there are none.
+  void (*depthwise_u8)(const ProducerArgs&) = nullptr;
+  void (*multiply_u8)(const MultiplyArgs&) = nullptr;
   void (*begin_thread)() = nullptr;                     // called by each thread before the others
   void (*end_thread)() = nullptr;
   // Kernels whose arithmetic has less range than their type's: whether anything became infinite between the two calls,
@@ -145,6 +153,9 @@ namespace avx2 {
 const Kernels* kernels(Type type);
 }
 namespace avx512 {
+const Kernels* kernels(Type type);
+}
+namespace avx512_vnni {
 const Kernels* kernels(Type type);
 }
 namespace avx512_bf16 {
@@ -165,7 +176,7 @@ const Kernels* kernels(Type type);
 #endif
 
 // Bytes of a line that hold one element.
-constexpr int bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
+constexpr int bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::u8 ? 1 : 2; }
 constexpr int lane_count(Type type) { return kLineBytes / bytes_of(type); }
 
 }  // namespace xception

@@ -2,29 +2,43 @@
 // Included like producers.hpp, after it.
 //
 // kRows pixels times kColumns * 16 output channels are summed in registers over all of K. A step of K is four bytes of
-// each pixel's line: one float, or a pair of bf16 where the processor multiplies pairs (`Dot`).
+// each pixel's line: one float, a pair of bf16 where the processor multiplies pairs, or four bytes (`Dot`).
 
 struct DotFloat {
   using Element = float;  // of the matrix and the packed weights
   static constexpr int kPerStep = 1;
+  using Sum = V;
+  static V begin(const MultiplyArgs& a, int channel) { return load(a.bias + channel); }
   static V step(const std::byte* pixel, V weights, V sum) {
     return fma(set1(*reinterpret_cast<const float*>(pixel)), weights, sum);
   }
   static V weights(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }
+  static V end(V sum, const MultiplyArgs&, int) { return sum; }
+};
+
+struct DotBytes {
+  static constexpr int kPerStep = 4;
+  using Sum = I;
+  static I begin(const MultiplyArgs& a, int channel) { return load(a.offset + channel); }
+  static I step(const std::byte* pixel, Bytes weights, I sum) { return dot(pixel, weights, sum); }
+  static Bytes weights(const std::byte* p) { return load_bytes(p); }
+  static V end(I sum, const MultiplyArgs& a, int channel) {
+    return fma(to_float(sum), load(a.scale + channel), load(a.bias + channel));
+  }
 };
 
 template <class Dot, class S, int Rows, int Columns>
 inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* weights, int channel) {
-  V sums[Rows][Columns];
+  typename Dot::Sum sums[Rows][Columns];
   for (int c = 0; c < Columns; ++c) {
-    const V bias = load(a.bias + channel + c * kGroup);
-    for (int r = 0; r < Rows; ++r) sums[r][c] = bias;
+    const auto begin = Dot::begin(a, channel + c * kGroup);
+    for (int r = 0; r < Rows; ++r) sums[r][c] = begin;
   }
   constexpr int steps_per_line = kLineBytes / 4;
   const int steps = (a.depth + Dot::kPerStep - 1) / Dot::kPerStep;
   const std::byte* matrix = a.matrix + static_cast<std::int64_t>(pixel) * kLineBytes;
   auto step = [&](const std::byte* at) {
-    V w[Columns];
+    decltype(Dot::weights(weights)) w[Columns];
     for (int c = 0; c < Columns; ++c) w[c] = Dot::weights(weights + c * kLineBytes);
     for (int r = 0; r < Rows; ++r)
       for (int c = 0; c < Columns; ++c) sums[r][c] = Dot::step(at + r * kLineBytes, w[c], sums[r][c]);
@@ -43,7 +57,7 @@ inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* wei
     const std::byte* residual = a.residual ? a.residual + group_offset<S>(group, a.residual_block) : nullptr;
     const int valid = a.out_channels - group * kGroup;  // infinity times a padded weight is no zero
     for (int r = 0; r < Rows; ++r) {
-      V v = sums[r][c];
+      V v = Dot::end(sums[r][c], a, channel + c * kGroup);
       if (residual) v = add(v, load(line<S>(residual, pixel + r)));
       v = activate(v, a.activation);
       store(line<S>(output, pixel + r), valid < kGroup ? first(v, valid) : v);

@@ -74,6 +74,7 @@ const Kernels& kernels_for(const std::string& level, Type type) {
   if (level == "amx_emulated") found = amx_emulated::kernels(type);
   if (level == "amx_half_emulated") found = amx_half_emulated::kernels(type);
   if (level == "avx512_bf16") found = avx512_bf16::kernels(type);
+  if (level == "avx512_vnni") found = avx512_vnni::kernels(type);
   if (found == nullptr && level != "avx2" && level != "scalar") found = avx512::kernels(type);
   if (level == "avx2") found = avx2::kernels(type);
   if (found != nullptr) return *found;
@@ -176,6 +177,37 @@ void Network::pack(Layer& layer, std::span<const float> weights, std::span<const
         }
 }
 
+// The same for bytes: four of K a step, each output channel's of a size of their own. Sums begin with what takes back
+// the zero point.
+void Network::pack_bytes(Layer& layer, std::span<const float> weights, std::span<const float> bias) {
+  constexpr int per_step = 4;
+  const int steps = rounded_up(layer.depth, kernels_->interleaves ? lane_count(Type::u8) : per_step) / per_step;
+  const int panels = panels_of(layer.out_channels);
+  layer.panel_bytes = static_cast<std::int64_t>(steps) * 2 * kLineBytes;
+  layer.weights = Buffer(static_cast<std::size_t>(panels * layer.panel_bytes));
+  layer.bias = padded(bias, panels * kPanel);
+  layer.scale = padded({}, panels * kPanel);
+  layer.offset = padded({}, panels * kPanel);
+  auto* scale = reinterpret_cast<float*>(layer.scale.data());
+  auto* offset = reinterpret_cast<std::int32_t*>(layer.offset.data());
+  auto* out = reinterpret_cast<std::int8_t*>(layer.weights.data());
+  std::fill_n(out, layer.weights.size(), std::int8_t{0});
+  for (int o = 0; o < layer.out_channels; ++o) {
+    const auto row = weights.subspan(index_of(o) * index_of(layer.depth), index_of(layer.depth));
+    float largest = 0;
+    for (const float value : row) largest = std::max(largest, std::abs(value));
+    const int panel = o / kPanel, lane = o % kPanel;
+    scale[o] = largest / 127.0f;
+    std::int32_t sum = 0;
+    for (int k = 0; k < layer.depth && largest > 0; ++k) {
+      const auto value = static_cast<std::int8_t>(std::nearbyint(row[index_of(k)] / largest * 127.0f));
+      out[panel * layer.panel_bytes + (k / per_step * kPanel + lane) * per_step + k % per_step] = value;
+      sum += value;
+    }
+    offset[o] = -layer.zero_point * sum;
+  }
+}
+
 int Network::load(int channels) {
   if (channels < 0 || channels > 1 << 20) refuse("expected 0 to 1,048,576 channels");
   if (channels != 0 && beside_channels() != 0) refuse("a second image is loaded already");
@@ -266,19 +298,41 @@ int Network::grouped(int input, const Sampling& sampling, int segments, std::spa
 int Network::separable(int input, const Sampling& sampling, std::span<const float> filters,
                        std::span<const float> filter_bias, Activation middle, int out_channels,
                        std::span<const float> weights, std::span<const float> bias, bool input_relu, int residual,
-                       Activation activation) {
+                       Activation activation, std::span<const float> steps) {
   check_sampling(sampling);
   const int taps = sampling.kernel * sampling.kernel, in = channels_of(input);
   check_size(filters, static_cast<std::int64_t>(taps) * in, false, "filters");
   check_size(filter_bias, in, true, "the filters' bias");
   check_size(weights, static_cast<std::int64_t>(out_channels) * in, false, "weights");
   check_size(bias, out_channels, true, "bias");
+  check_size(steps, in, true, "steps");
+  if (!steps.empty()) {
+    if (kernels_->multiply_u8 == nullptr) refuse("there are no products of bytes beside numbers of this type");
+    if (middle == Activation::elu) refuse("an ELU cannot be counted in steps");
+    if (in > 1 << 16) refuse("expected at most 65,536 channels of bytes");  // sums fit in 32 bits
+    for (const float step : steps)
+      if (!(step > 0) || !std::isfinite(step)) refuse("expected steps above zero");
+    for (const float value : weights)
+      if (!std::isfinite(value)) refuse("expected finite weights to round to bytes");
+  }
   Layer& layer = add(Kind::separable, input, out_channels, residual);
   layer.sampling = sampling;
   layer.input_relu = input_relu;
   layer.middle = middle;
   layer.activation = activation;
   layer.depth = in;
+  if (!steps.empty()) {
+    layer.in_bytes = true;
+    layer.zero_point = middle == Activation::none ? 128 : 0;
+    std::vector<float> counted(filters.begin(), filters.end()), counted_bias(filter_bias.begin(), filter_bias.end());
+    std::vector<float> columns(weights.begin(), weights.end());
+    for (std::size_t i = 0; i < counted.size(); ++i) counted[i] /= steps[i % steps.size()];
+    for (std::size_t i = 0; i < counted_bias.size(); ++i) counted_bias[i] /= steps[i];
+    for (std::size_t i = 0; i < columns.size(); ++i) columns[i] *= steps[i % steps.size()];
+    pack_filters(layer, counted, counted_bias);
+    pack_bytes(layer, columns, bias);
+    return layer.output;
+  }
   if (!kernels_->half_filters || kernels_->matrix_type != Type::bf16 || middle == Activation::elu) {
     pack_filters(layer, filters, filter_bias);
     pack(layer, weights, bias);
@@ -388,7 +442,7 @@ std::size_t Network::weight_bytes() const {
   std::size_t total = 0;
   const auto add = [&](const Layer& layer) {
     for (const Buffer* buffer : {&layer.weights, &layer.bias, &layer.filters, &layer.filter_bias, &layer.half_filters,
-                                 &layer.half_filter_bias})
+                                 &layer.half_filter_bias, &layer.offset, &layer.scale})
       total += buffer->size();
   };
   for (const Layer& layer : layers_) {

@@ -57,6 +57,9 @@ struct Layer {
   Buffer half_filters, half_filter_bias;  // the same, for kernels that want them so
   Buffer weights, bias;
   std::int64_t panel_bytes = 0;
+  bool in_bytes = false;  // separable: the product is of bytes
+  int zero_point = 0;
+  Buffer offset, scale;  // of such a product's sums
   std::vector<Section> sections;  // grouped
 };
 
@@ -149,6 +152,9 @@ class Network {
 
   // Each adds a layer and returns the number of its value; value 0 is the image. Weights are [out, k, k, in] and
   // filters [k, k, channels]; a bias may be empty. Throws std::invalid_argument, and then nothing was added.
+  // A separable layer with `steps`, one a channel between its two convolutions, multiplies bytes: what is there counts
+  // steps (without activation from -128 to 127, behind a ReLU from 0 to 255, what lies beyond is cut off), and each
+  // output channel's weights are rounded to 127 parts of the largest.
   // `load` brings the image (or, with `channels`, what is given beside it) into the layout that the other layers work on;
   // a convolution reads an image of few channels by itself.
   int load(int channels);
@@ -161,7 +167,7 @@ class Network {
   int separable(int input, const Sampling& sampling, std::span<const float> filters,
                 std::span<const float> filter_bias, Activation middle, int out_channels,
                 std::span<const float> weights, std::span<const float> bias, bool input_relu, int residual,
-                Activation activation);
+                Activation activation, std::span<const float> steps = {});
   int depthwise(int input, const Sampling& sampling, std::span<const float> filters, std::span<const float> bias,
                 bool input_relu, int residual, Activation activation);
   int pool(int input, const Sampling& sampling, int residual, bool relu);
@@ -201,6 +207,8 @@ class Network {
   Layer& add(Kind kind, int input, int out_channels, int residual);
   void pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias);
   void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
+  void pack_bytes(Layer& layer, std::span<const float> weights, std::span<const float> bias);
+  Type matrix_type(const Layer& layer) const { return layer.in_bytes ? Type::u8 : kernels_->matrix_type; }
   Layout lay_out(const Images& images, int value, bool chains = true) const;
   std::int64_t band_bytes(Layout& layout, int begin, int end, int rows) const;
   void find_chains(Layout& layout, int value) const;

@@ -68,6 +68,12 @@ inline V tap(const std::byte* row, int x) {
   return v;
 }
 
+template <class T>
+inline void store_number(T* p, V v, int /*zero_point*/) {
+  store(p, v);
+}
+inline void store_number(u8* p, V v, int zero_point) { store(p, v, zero_point); }
+
 // An output pixel whose window hangs over the map's edge, or of any kernel that has no code of its own.
 template <class S, bool Relu>
 inline V depthwise_at(const Window& w, const std::byte* const* rows, const float* weights, V sum, int x) {
@@ -131,7 +137,7 @@ void depthwise_rows(const ProducerArgs& a) {
                  static_cast<std::int64_t>(r) * w.out_width * kLineBytes;
       auto put = [&](int x, V v) {
         if constexpr (Residual) v = add(v, load(line<T>(beside, x)));
-        store(line<T>(out, x), activate(v, a.activation));
+        store_number(line<T>(out, x), activate(v, a.activation), a.zero_point);
       };
       int x = 0;
       for (; x < inside.begin; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));

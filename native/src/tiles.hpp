@@ -69,6 +69,20 @@ inline void tile_dot_f16() {
   tile_dot_of<f16>(C, A, B);
 }
 
+// Unsigned times signed.
+template <int C, int A, int B>
+inline void tile_dot_u8() {
+  for (int m = 0; m < 16; ++m) {
+    std::int32_t sums[16];
+    __builtin_memcpy(sums, tiles[C].bytes[m], sizeof sums);
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 16; ++n)
+        for (int j = 0; j < 4; ++j)
+          sums[n] += tiles[A].bytes[m][4 * k + j] * static_cast<std::int8_t>(tiles[B].bytes[k][4 * n + j]);
+    __builtin_memcpy(tiles[C].bytes[m], sums, sizeof sums);
+  }
+}
+
 }  // namespace xception::XCEPTION_LEVEL
 
 #else
@@ -104,6 +118,11 @@ inline void tile_store(void* p, std::int64_t stride) {
 template <int C, int A, int B>
 inline void tile_dot_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+// Unsigned times signed.
+template <int C, int A, int B>
+inline void tile_dot_u8() {
+  __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 // tdpfp16ps by its bytes, since older assemblers do not know it: VEX.128.F2.0F38.W0 5C /r (Intel SDM vol. 2B). The
 // registers are fixed; `multiply_tiles` uses these four combinations only.

@@ -31,6 +31,14 @@ struct H {
 inline H zero_half() { return {_mm512_setzero_ph()}; }
 inline H load(const H* p) { return {_mm512_loadu_ph(p)}; }
 inline void store(H* p, H x) { _mm512_storeu_ph(p, x.a); }
+// Rounded to the nearest, ties to even, and counted from `zero`; what lies beyond a byte is its end, and so is NaN.
+inline void store(u8* p, H x, int zero) {
+  const __m512h top = _mm512_set1_ph(static_cast<_Float16>(255 - zero));
+  const __m512h bottom = _mm512_set1_ph(static_cast<_Float16>(-zero));
+  const __m512h kept = _mm512_max_ph(_mm512_min_ph(x.a, top), bottom);
+  const __m512i steps = _mm512_add_epi16(_mm512_cvtph_epi16(kept), _mm512_set1_epi16(static_cast<short>(zero)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(steps));
+}
 inline H add(H x, H y) { return {_mm512_add_ph(x.a, y.a)}; }
 inline H fma(H x, H y, H z) { return {_mm512_fmadd_ph(x.a, y.a, z.a)}; }
 // The instruction gives its second operand where one is NaN.
@@ -70,6 +78,10 @@ inline H narrow(V lo, V hi) {
 inline H zero_half() { return {_mm512_setzero_si512()}; }
 inline H load(const H* p) { return {_mm512_loadu_si512(p)}; }
 inline void store(H* p, H x) { _mm512_storeu_si512(p, x.a); }
+inline void store(u8* p, H x, int zero) {
+  store(p, low(x), zero);
+  store(p + 16, high(x), zero);
+}
 inline H add(H x, H y) { return narrow(add(low(x), low(y)), add(high(x), high(y))); }
 inline H fma(H x, H y, H z) { return narrow(fma(low(x), low(y), low(z)), fma(high(x), high(y), high(z))); }
 inline H relu(H x) { return narrow(relu(low(x)), relu(high(x))); }

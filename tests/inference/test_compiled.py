@@ -401,7 +401,7 @@ def test_precision_is_its_error(narrow: nn.Module) -> None:
 
 def test_wrong_use(narrow: nn.Module) -> None:
     for name, value, message in (
-        ("precision", "int4", "precision must be one of fp32, bf16, fp16; got 'int4'"),
+        ("precision", "int4", "precision must be one of fp32, bf16, fp16, int8; got 'int4'"),
         ("mode", "fast", "mode must be throughput or latency; got 'fast'"),
         ("backend", "gpu", "backend must be auto, native, openvino or torch; got 'gpu'"),
         ("num_threads", 0, "num_threads must be from 1 to 1024; got 0"),

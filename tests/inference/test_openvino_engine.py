@@ -44,7 +44,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 def properties(compiled: Any, *names: str) -> list[Any]:
     assert isinstance(compiled._engine, OpenVinoEngine)
-    ((network, _),) = compiled._engine._queues.values()
+    ((network, _),) = compiled._engine._requests.values()
     return [network.get_property(name) for name in names]
 
 
@@ -85,7 +85,7 @@ def test_the_last_sizes_are_kept(narrow: nn.Module) -> None:
     engine: Any = compiled._engine
     for size in (33, 34, 35, 48, 36):
         compiled(torch.zeros(1, 3, size, size))
-    assert list(engine._queues) == [(34, 34), (35, 35), (48, 48), (36, 36)]
+    assert list(engine._requests) == [(34, 34), (35, 35), (48, 48), (36, 36)]
 
 
 @pytest.mark.parametrize(("mode", "hint"), [("throughput", "THROUGHPUT"), ("latency", "LATENCY")])

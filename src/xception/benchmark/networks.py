@@ -115,6 +115,11 @@ def write_work(work: Work, folder: Path, files: set[str]) -> None:
         _write_int8(folder, work)
 
 
+def calibration_pictures(size: int) -> NDArray[Any]:
+    """Other pictures than those of the benchmark, for who has to know how large numbers become: N C H W."""
+    return np.concatenate([pictures(2, size, seed=100 + seed) for seed in range(CALIBRATION)])
+
+
 def torch_network(folder: Path, case_model: str) -> nn.Module:
     """timm's network with the weights of `folder`; ours where that has none for it, as with options of our own."""
     if not (folder / TIMM).exists():
@@ -157,7 +162,7 @@ def _write_int8(folder: Path, work: Work) -> None:
 
     class Pictures(tools.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.left = [pictures(2, work.size, seed=100 + seed) for seed in range(CALIBRATION)]
+            self.left = np.split(calibration_pictures(work.size), CALIBRATION)
 
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return {"images": self.left.pop()} if self.left else None

@@ -21,7 +21,7 @@ from xception.inference.embedding import OUTPUTS, Output
 from xception.inference.lowering import Uncovered
 from xception.inference.native_engine import NativeEngine
 from xception.inference.openvino_engine import OpenVinoEngine, Unusable, openvino_installed
-from xception.inference.precision import PRECISIONS, Precision
+from xception.inference.precision import COMPILED_PRECISIONS, CompiledPrecision
 from xception.inference.torch_engine import TorchEngine
 from xception.ops import backend as machine
 
@@ -47,12 +47,13 @@ class CompiledModel:
         self,
         model: nn.Module,
         *,
-        precision: Precision,
+        precision: CompiledPrecision,
         num_threads: int,
         mode: Mode,
         backend: Engine,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
+        calibration: Images | None,
     ) -> None:
         self.precision, self.mode, self.num_threads = precision, mode, num_threads
         self.in_channels = int(model.config.in_channels)  # type: ignore[union-attr, arg-type]
@@ -61,7 +62,7 @@ class CompiledModel:
         self._std = self._per_channel("std", std, _MEAN_AND_STD[1])
         self.reason: str | None = None
         self._forced = backend != "auto"
-        self._engine = self._choose(model, backend)
+        self._engine = self._choose(model, backend, calibration)
 
     def __repr__(self) -> str:
         where = f"native, {self.level}" if self.backend == "native" else f"{self.backend}: {self.reason}"
@@ -86,17 +87,16 @@ class CompiledModel:
 
     # ---- building -------------------------------------------------------------------------------------------
 
-    def _choose(self, model: nn.Module, backend: Engine) -> NativeEngine | OpenVinoEngine | TorchEngine:
+    def _choose(
+        self, model: nn.Module, backend: Engine, calibration: Images | None
+    ) -> NativeEngine | OpenVinoEngine | TorchEngine:
         """The engine; `backend`, `reason` and `level` are set on the way."""
-        options: dict[str, Any] = {
-            "precision": self.precision,
-            "num_threads": self.num_threads,
-            "latency": self.mode == "latency",
-        }
+        options: dict[str, Any] = {"num_threads": self.num_threads, "latency": self.mode == "latency"}
         why_not = self._why_not_native(backend)
         if why_not is None:
+            like_these = None if calibration is None else self._channels_last(calibration)
             try:
-                native = NativeEngine(model, **options)
+                native = NativeEngine(model, precision=self.precision, calibration=like_these, **options)
             except Uncovered as uncovered:
                 why_not = str(uncovered)
             else:
@@ -104,6 +104,9 @@ class CompiledModel:
                 return native
         if backend == "native":
             raise ConfigError(f"the compiled executor does not cover this network here: {why_not}")
+        if self.precision == "int8":
+            raise ConfigError(f"int8 is for the compiled executor only, which cannot be used: {why_not}")
+        options["precision"] = self.precision
         self.reason = why_not
         plain = backend == "torch" or (backend == "auto" and _plain_torch_is_chosen())
         if not plain and (backend == "openvino" or openvino_installed()):
@@ -123,6 +126,7 @@ class CompiledModel:
 
     def _in_torch_from_now_on(self, why: Unusable) -> TorchEngine:
         if isinstance(self._engine, OpenVinoEngine):  # no other thread was here first
+            assert self.precision != "int8"  # which is the compiled executor's
             engine = TorchEngine(self._engine.model, precision=self.precision)
             self.backend, self.reason, self._engine = "torch", f"{self.reason}; {why}", engine
             logging.getLogger("xception").warning("xception: the network runs on torch from now on: %s", why)
@@ -178,13 +182,14 @@ def _plain_torch_is_chosen() -> bool:
 
 def compile_model(
     model: nn.Module,
-    precision: Precision = "fp32",
+    precision: CompiledPrecision = "fp32",
     *,
     num_threads: int | None = None,
     mode: Mode = "throughput",
     backend: Engine = "auto",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    calibration: Images | None = None,
 ) -> CompiledModel:
     """Compile a network of the registry, of any family, for inference on this machine's CPU.
 
@@ -196,13 +201,20 @@ def compile_model(
     at a call that it cannot run the network at that size, "auto" goes over to torch, and logs it.
     `mean` and `std`, one a channel on a scale of 0 to 1, are for uint8 images (None: 0.5, pixels to -1..1).
 
+    "int8" multiplies bytes in the separable convolutions and is bf16 otherwise; it is for the compiled executor only.
+    It needs `calibration`: images as a call takes them, like those to come, two or three dozen (`quantize.steps_of`).
+    An image that holds NaN or infinity gives NaN.
+
     Weights are copied: later training does not change the result. Raises `ConfigError` for a wrong argument, and where
     the engine that `backend` names cannot run the network (`MissingPackageError` where it is not installed).
     """
     if not hasattr(model, "config"):
         raise ConfigError(f"expected a network of the registry, got {type(model).__name__}")
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision not in COMPILED_PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(COMPILED_PRECISIONS)}; got {precision!r}")
+    if (precision == "int8") != (calibration is not None):
+        got = "none" if calibration is None else f"some for {precision}"
+        raise ConfigError(f"calibration images are for the precision int8, which needs them; got {got}")
     if mode not in ("throughput", "latency"):
         raise ConfigError(f"mode must be throughput or latency; got {mode!r}")
     if backend not in ENGINES:
@@ -211,5 +223,12 @@ def compile_model(
     if type(threads) is not int or not 1 <= threads <= 1024:
         raise ConfigError(f"num_threads must be from 1 to 1024; got {threads!r}")
     return CompiledModel(
-        model, precision=precision, num_threads=threads, mode=mode, backend=backend, mean=mean, std=std
+        model,
+        precision=precision,
+        num_threads=threads,
+        mode=mode,
+        backend=backend,
+        mean=mean,
+        std=std,
+        calibration=calibration,
     )

@@ -12,6 +12,7 @@ A head that the executor lacks an activation for runs in torch, behind pooled fe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from xception.ops.backend import Network
 
 Array = NDArray[np.float32]
+Steps = Mapping[nn.Module, Array]
 IMAGE = 0  # the number of the executor's first value
 _ACTIVATIONS = ("none", "relu", "elu")
 _MAX_WINDOW = 2000  # numbers that a first convolution may read at once straight from the image
@@ -67,8 +69,12 @@ class Outputs:
     logits: int | None
 
 
-def lower(model: nn.Module, network: Network) -> Outputs:
-    """Add the layers of `model`, in eval mode, to `network`. Raises `Uncovered`."""
+def lower(model: nn.Module, network: Network, steps: Steps | None = None) -> Outputs:
+    """Add the layers of `model`, in eval mode, to `network`. Raises `Uncovered`.
+
+    `steps`, of pointwise convolutions, are those in which bytes count their inputs: see `quantize.steps_of`.
+    """
+    steps = {} if steps is None else steps
     if type(model) not in (Xception, XceptionAligned):
         raise Uncovered(f"{type(model).__name__} is no Xception")
     head: Any = model.classifier
@@ -79,7 +85,7 @@ def lower(model: nn.Module, network: Network) -> Outputs:
         if type(module) not in _KNOWN and (module not in in_head or module is head):
             raise Uncovered(f"a module of class {type(module).__name__}")
     try:
-        features = _xception(model, network) if type(model) is Xception else _aligned(model, network)
+        features = _xception(model, network, steps) if type(model) is Xception else _aligned(model, network, steps)
         return _head(head, network, features)
     except ValueError as error:  # a size that the executor does not take
         raise Uncovered(str(error)) from error
@@ -88,25 +94,25 @@ def lower(model: nn.Module, network: Network) -> Outputs:
 # ------------------------------------------------------------------------------------------------- the networks
 
 
-def _xception(model: Any, network: Network) -> int:
+def _xception(model: Any, network: Network, steps: Steps) -> int:
     stem = model.entry_flow.stem
     value = _convolution(stem.conv1, network, IMAGE, padding={"padding": "same"} if stem.pad_same else None)
     value = _convolution(stem.conv2, network, value)
     for name, block in model.entry_flow.named_children():
         if name != "stem":
-            value = _block(block, network, value)
+            value = _block(block, network, steps, value)
     for _ in range(model.middle_flow.passes):
         for block in model.middle_flow:
-            value = _block(block, network, value)
+            value = _block(block, network, steps, value)
     *units, last = model.exit_flow.separable
     only_relu = isinstance(last, nn.ReLU)  # of a module that nothing follows
-    value = _block(model.exit_flow.block, network, value, relu=only_relu)
+    value = _block(model.exit_flow.block, network, steps, value, relu=only_relu)
     for unit in units if only_relu else (*units, last):
-        value = _unit(unit, network, value)
+        value = _unit(unit, network, steps, value)
     return value
 
 
-def _block(block: Any, network: Network, value: int, relu: bool = False) -> int:
+def _block(block: Any, network: Network, steps: Steps, value: int, relu: bool = False) -> int:
     """A residual module, and a ReLU behind it."""
     residual = _shortcut(block.shortcut, network, value)
     pools = isinstance(block.pool, SamePool2d)
@@ -118,6 +124,7 @@ def _block(block: Any, network: Network, value: int, relu: bool = False) -> int:
         value = _unit(
             unit,
             network,
+            steps,
             value,
             residual=residual if last and not pools else -1,
             rectified=i > 0 and _pointwise_first(unit.conv),
@@ -129,7 +136,14 @@ def _block(block: Any, network: Network, value: int, relu: bool = False) -> int:
 
 
 def _unit(
-    unit: Any, network: Network, value: int, *, residual: int = -1, rectified: bool = False, relu: bool = False
+    unit: Any,
+    network: Network,
+    steps: Steps,
+    value: int,
+    *,
+    residual: int = -1,
+    rectified: bool = False,
+    relu: bool = False,
 ) -> int:
     """`rectified`: the ReLU before it is done already; `relu`: one is wanted behind it."""
     conv = unit.conv
@@ -143,6 +157,7 @@ def _unit(
             weights=weights,
             bias=bias,
             input_relu=conv.input_relu,
+            steps=steps.get(conv.pointwise),
             **_sampling(conv.depthwise),
             **last,
         )
@@ -176,7 +191,7 @@ def _shortcut(shortcut: Any, network: Network, value: int) -> int:
     return -1 if shortcut is None else value
 
 
-def _aligned(model: Any, network: Network) -> int:
+def _aligned(model: Any, network: Network, steps: Steps) -> int:
     stem = model.entry_flow.stem
     blocks = [block for name, block in model.entry_flow.named_children() if name != "stem"]
     blocks += [*model.middle_flow, model.exit_flow.block, model.exit_flow.separable]
@@ -184,24 +199,24 @@ def _aligned(model: Any, network: Network) -> int:
     if not model.config.preactivation:
         value = _convolution(stem.conv2, network, value)
         for block in blocks:
-            value = _aligned_block(block, network, value)
+            value = _aligned_block(block, network, steps, value)
         return value
     # Every reader of a module's sum normalises and rectifies it first: both belong to the layer that computes it.
     value = _convolution(stem.conv2, network, value, after=blocks[0].norm, relu=True)
     for block, after in zip(blocks, [*(block.norm for block in blocks[1:]), nn.Identity()], strict=True):
-        value = _preactivated_block(block, network, value, after)
+        value = _preactivated_block(block, network, steps, value, after)
     return value
 
 
-def _aligned_block(block: Any, network: Network, value: int) -> int:
+def _aligned_block(block: Any, network: Network, steps: Steps, value: int) -> int:
     residual = _shortcut(block.shortcut, network, value)
     units: list[Any] = list(block.units)
     for i, unit in enumerate(units):
-        value = _aligned_unit(unit, network, value, residual=residual if i == len(units) - 1 else -1)
+        value = _aligned_unit(unit, network, steps, value, residual=residual if i == len(units) - 1 else -1)
     return value
 
 
-def _aligned_unit(unit: Any, network: Network, value: int, residual: int) -> int:
+def _aligned_unit(unit: Any, network: Network, steps: Steps, value: int, residual: int) -> int:
     scale, shift = _affine(unit.depthwise_norm)
     filters = _filters(unit.depthwise.weight, scale)
     weights, bias = _folded(unit.pointwise.weight, unit.norm)
@@ -218,11 +233,12 @@ def _aligned_unit(unit: Any, network: Network, value: int, residual: int) -> int
         input_relu=inside == "none",
         residual=residual,
         activation=inside,
+        steps=steps.get(unit.pointwise),
         **_sampling(unit.depthwise),
     )
 
 
-def _preactivated_block(block: Any, network: Network, value: int, after: nn.Module) -> int:
+def _preactivated_block(block: Any, network: Network, steps: Steps, value: int, after: nn.Module) -> int:
     """A module whose input is normalised and rectified, and so is its sum, by `after` and a ReLU."""
     residual, scale = -1, None if isinstance(after, nn.Identity) else _affine(after)[0]
     if isinstance(block.shortcut, ConvNorm):  # s * (y + x) + t is (s * y + t) + s * x
@@ -243,6 +259,7 @@ def _preactivated_block(block: Any, network: Network, value: int, after: nn.Modu
             bias=bias,
             residual=residual if i == len(units) - 1 else -1,
             activation="relu",
+            steps=steps.get(unit.conv.pointwise),
             **_sampling(unit.conv.depthwise),
         )
     return value

@@ -3,6 +3,10 @@
 Images go through it one at a time: in "latency" mode each on all threads, in "throughput" mode several in flight, as
 many as the plugin asks for. So numbers do not depend on the batch, and nothing is compiled again for another one.
 Another image size is: TensorFlow's padding depends on it. The last few sizes are kept.
+
+Requests are waited for one after another, and nothing of Python's is called when they end: a thread of OpenVINO's that
+has just called something still has to take the interpreter's lock to let go of it, and who frees the request meanwhile
+waits for that thread while holding the lock, for ever.
 """
 
 from __future__ import annotations
@@ -79,7 +83,7 @@ class OpenVinoEngine:
         self._inherited: list[Any] = []
         self._begin()
         size = int(model.config.input_size)  # type: ignore[union-attr, arg-type]
-        self._queue_for(size, size)
+        self._requests_for(size, size)
 
     @kept_signal_stack()
     def __call__(self, batch: NDArray[np.float32], output: Output) -> Tensor:
@@ -92,36 +96,41 @@ class OpenVinoEngine:
         if os.getpid() != self._process:
             # The threads of a forked process's parent are not there: its requests would wait for them for ever, and
             # so might their end.
-            self._inherited.append((self._core, self._queues))
+            self._inherited.append((self._core, self._requests))
             self._core = self._openvino.Core()
             self._begin()
         with self._lock:
-            compiled, queue = self._queue_for(*images.shape[2:])
+            compiled, requests = self._requests_for(*images.shape[2:])
             shape = tuple(compiled.output(number).shape)[1:]
             result = np.empty((len(images), *shape), np.float32)
 
-            def keep(request: Any, image: int) -> None:
+            def keep(image: int) -> None:
+                request = requests[image % len(requests)]
+                request.wait()
                 result[image] = request.get_output_tensor(number).data[0]
 
-            queue.set_callback(keep)
             for image in range(len(images)):
-                queue.start_async([images[image : image + 1]], userdata=image)
-            queue.wait_all()
+                if image >= len(requests):
+                    keep(image - len(requests))
+                requests[image % len(requests)].start_async([images[image : image + 1]])
+            for image in range(max(len(images) - len(requests), 0), len(images)):
+                keep(image)
         return torch.from_numpy(result)
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._queues: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
+        self._requests: OrderedDict[tuple[int, int], tuple[Any, list[Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def _queue_for(self, height: int, width: int) -> tuple[Any, Any]:
-        if (height, width) not in self._queues:
+    def _requests_for(self, height: int, width: int) -> tuple[Any, list[Any]]:
+        if (height, width) not in self._requests:
             compiled = self._compile(height, width)
-            self._queues[height, width] = compiled, self._openvino.AsyncInferQueue(compiled)
-            while len(self._queues) > _KEPT_SIZES:
-                self._queues.popitem(last=False)
-        self._queues.move_to_end((height, width))
-        return self._queues[height, width]
+            count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+            self._requests[height, width] = compiled, [compiled.create_infer_request() for _ in range(count)]
+            while len(self._requests) > _KEPT_SIZES:
+                self._requests.popitem(last=False)
+        self._requests.move_to_end((height, width))
+        return self._requests[height, width]
 
     def _compile(self, height: int, width: int) -> Any:
         shape = (1, self._channels, height, width)

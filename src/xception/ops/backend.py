@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     Backend = Literal["native", "reference"]
     Precision = Literal["fp32", "bf16", "fp16"]
+    NetworkPrecision = Literal["fp32", "bf16", "fp16", "int8"]
     BackendChoice = Literal["auto", "native", "reference"]
 
 CAP_VARIABLE = "XCEPTION_MAX_ISA"
@@ -42,7 +43,7 @@ _OTHER_LEVELS: tuple[str, ...] = ("scalar",)
 _PART_OF = {"avx512_vnni": "avx512", "avx512_bf16": "avx512"}
 
 # The interface of the extension that this version of the package works with: `kInterface` in bindings.cpp.
-_INTERFACE = 6
+_INTERFACE = 7
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -185,10 +186,11 @@ _KERNELS = {
     "fp32": ("avx512", "avx2"),
     "bf16": ("amx_bf16", "avx512_bf16", "avx512", "avx2"),
     "fp16": ("amx_fp16", "avx512", "avx2"),
+    "int8": ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512", "avx2"),  # beside activations in bf16
 }
 
 
-def kernel_level(precision: Precision) -> str:
+def kernel_level(precision: NetworkPrecision) -> str:
     """The strongest kernels for this precision that the machine has and `XCEPTION_MAX_ISA` allows.
 
     Raises ConfigError like `cpu_features`.
@@ -205,14 +207,17 @@ def fast_precision() -> Precision:
     return "bf16" if kernel_level("bf16") in ("amx_bf16", "avx512_bf16") else "fp32"
 
 
-def new_network(precision: Precision, channels: int, threads: int, *, latency: bool = False) -> Network:
+def new_network(precision: NetworkPrecision, channels: int, threads: int, *, latency: bool = False) -> Network:
     """An empty network of the compiled executor, for the strongest kernels; see `_native.pyi`.
+
+    One of "int8" holds bf16, and multiplies bytes in those separable layers that are given `steps`.
 
     Raises ConfigError where the extension is missing, and like `cpu_features`.
     """
     if _native is None:
         raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
-    network: Network = _native.Network(kernel_level(precision), precision, channels, threads, latency=latency)
+    held = "bf16" if precision == "int8" else precision
+    network: Network = _native.Network(kernel_level(precision), held, channels, threads, latency=latency)
     return network
 
 
