@@ -1,14 +1,10 @@
 // A step of `multiply` over pairs of bf16. Included like multiply.hpp, after it.
 
-struct DotPairs {
+struct DotPairs : FloatSums {
   using Element = bf16;
   static constexpr int kPerStep = 2;
-  using Sum = V;
-  static V begin(const MultiplyArgs& a, int channel) { return load(a.bias + channel); }
   static V step(const std::byte* pixel, V weights, V sum) {
     const __m512i pair = _mm512_set1_epi32(*reinterpret_cast<const int*>(pixel));
     return {_mm512_dpbf16_ps(sum.a, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(weights.a))};
   }
-  static V weights(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }
-  static V end(V sum, const MultiplyArgs&, int) { return sum; }
 };

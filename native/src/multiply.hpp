@@ -4,16 +4,20 @@
 // kRows pixels times kColumns * 16 output channels are summed in registers over all of K. A step of K is four bytes of
 // each pixel's line: one float, a pair of bf16 where the processor multiplies pairs, or four bytes (`Dot`).
 
-struct DotFloat {
-  using Element = float;  // of the matrix and the packed weights
-  static constexpr int kPerStep = 1;
+// How sums of floats begin and end, whatever is multiplied.
+struct FloatSums {
   using Sum = V;
   static V begin(const MultiplyArgs& a, int channel) { return load(a.bias + channel); }
+  static V weights(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }
+  static V end(V sum, const MultiplyArgs&, int) { return sum; }
+};
+
+struct DotFloat : FloatSums {
+  using Element = float;  // of the matrix and the packed weights
+  static constexpr int kPerStep = 1;
   static V step(const std::byte* pixel, V weights, V sum) {
     return fma(set1(*reinterpret_cast<const float*>(pixel)), weights, sum);
   }
-  static V weights(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }
-  static V end(V sum, const MultiplyArgs&, int) { return sum; }
 };
 
 struct DotBytes {
