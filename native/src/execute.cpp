@@ -112,8 +112,10 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
                          window.out_width == window.in_width && window.out_height == window.in_height;
   const int strips = company.matrix != nullptr || company.follows ? 1 : strips_of(layer, window, rows.count);
   const ProducerArgs whole = producer_for(layer, window, rows, worker);
+  // Where a strip's pixels begin in a map.
   const auto line_bytes = [&](int row) {
-    return static_cast<std::int64_t>(rows.first + row) * window.out_width * kLineBytes;
+    const int skipped = row == 0 ? rows.skipped : 0;
+    return (static_cast<std::int64_t>(rows.first + row) * window.out_width + skipped) * kLineBytes;
   };
   const auto strip_of = [&](int strip, std::byte* matrix) {
     const Range range = share(rows.count, strip, strips);
@@ -156,6 +158,9 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
     }
     product.next_weights = strip + 1 < strips ? product.weights : nullptr;
     product.pixels = (range.end - range.begin) * window.out_width;
+    if (strip == 0) product.pixels -= rows.skipped;
+    if (strip == 0 && !is_matrix) product.matrix += static_cast<std::int64_t>(rows.skipped) * kLineBytes;
+    if (strip + 1 == strips) product.pixels -= rows.left;
     product.output = rows.output.data + line_bytes(range.begin);
     product.residual = rows.residual.data == nullptr ? nullptr : rows.residual.data + line_bytes(range.begin);
     multiply(product);
@@ -249,15 +254,26 @@ void Network::run_layer(const Layer& layer, const Layout& layout, std::size_t in
   const Place& in = layout.places[index_of(layer.input)];
   const Place& out = layout.places[index_of(layer.output)];
   switch (layer.kind) {
-    case Kind::image:
     case Kind::depthwise:
-    case Kind::convolution:
-    case Kind::grouped:
-    case Kind::separable:
     case Kind::pool: {
       const Window& window = layout.windows[index];
       const Range range = share(span.count * window.out_height, part.index, part.count);
       const Rows rows = rows_of(layer, layout, arena, images, span.first, {range.begin, range.end - range.begin});
+      return run_rows(layer, window, rows, worker);
+    }
+    case Kind::image:
+    case Kind::convolution:
+    case Kind::grouped:
+    case Kind::separable: {
+      // By pixels: half of 19 rows is 10 rows for somebody. What a product reads is made for whole rows all the same.
+      const Window& window = layout.windows[index];
+      const int width = window.out_width;
+      const Range pixels = share(span.count * window.out_height * width, part.index, part.count);
+      const Range range{pixels.begin / width, ceil_div(pixels.end, width)};
+      if (pixels.begin == pixels.end) return;
+      Rows rows = rows_of(layer, layout, arena, images, span.first, {range.begin, range.end - range.begin});
+      rows.skipped = pixels.begin - range.begin * width;
+      rows.left = range.end * width - pixels.end;
       return run_rows(layer, window, rows, worker);
     }
     case Kind::load: {

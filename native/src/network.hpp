@@ -119,6 +119,7 @@ struct Span {
 struct Rows {
   View input, output, residual;
   int first = 0, count = 0;
+  int skipped = 0, left = 0;  // pixels at the first one's beginning and the last one's end that another thread does
   bool input_as_matrix = false, output_as_matrix = false;
   bool input_rectified = false, output_rectified = false;
 };

@@ -30,7 +30,9 @@ void pause() {
 #endif
 }
 
-constexpr int kSpins = 2000;
+// Going to sleep and being woken takes longer than most waits for another thread's share of a layer; unless it has no
+// processor of its own.
+constexpr int kSpins = 20'000;
 
 }  // namespace
 
@@ -42,7 +44,9 @@ void Barrier::wait() {
     round_.notify_all();
     return;
   }
-  for (int spin = 0; spin < kSpins; ++spin) {
+  static const unsigned processors = std::thread::hardware_concurrency();
+  const int spins = static_cast<unsigned>(count_) <= processors ? kSpins : 0;
+  for (int spin = 0; spin < spins; ++spin) {
     if (round_.load(std::memory_order_acquire) != round) return;
     pause();
   }

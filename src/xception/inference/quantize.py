@@ -27,7 +27,7 @@ from xception.models.layers import SeparableConv2d
 from xception.models.xception_aligned import AlignedUnit
 from xception.ops.separable import depthwise_conv2d
 
-_BATCH = 8  # images at a time
+_BATCH = 1  # image at a time: more take memory, and no less time
 _FINEST = 1 / 32  # of the coarsest step of a layer: a channel that was always zero has a step, too
 
 
