@@ -99,7 +99,7 @@ MultiplyArgs Network::product_for(const Layer& layer, const Rows& rows, const Wo
 int Network::strips_of(const Layer& layer, const Window& window, int rows) const {
   const int lines = ceil_div(layer.depth, lane_count(matrix_type(layer)));
   const std::int64_t row_bytes = static_cast<std::int64_t>(window.out_width) * kLineBytes * lines;
-  return ceil_div(rows, static_cast<int>(std::clamp<std::int64_t>(kMatrixBytes / row_bytes, 1, rows)));
+  return ceil_div(rows, static_cast<int>(std::clamp<std::int64_t>(matrix_limit() / row_bytes, 1, rows)));
 }
 
 void Network::run_product(const Layer& layer, const Window& window, const Rows& rows, Worker& worker,

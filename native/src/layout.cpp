@@ -68,7 +68,7 @@ Layout Network::lay_out(const Images& given, int value, bool chains) const {
       if (layer.kind != Kind::pool && layer.kind != Kind::depthwise) {
         const std::int64_t lines = ceil_div(layer.depth, lane_count(matrix_type(layer))) + 1;
         const std::int64_t row = spread(static_cast<std::int64_t>(x.size) * kLineBytes + kLineBytes) * lines;
-        out.matrix_bytes = std::max(out.matrix_bytes, static_cast<std::size_t>(std::max(row, kMatrixBytes + 2 * row)));
+        out.matrix_bytes = std::max(out.matrix_bytes, static_cast<std::size_t>(std::max(row, matrix_limit() + 2 * row)));
       }
     }
     if (layer.residual >= 0) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "sizes.hpp"
 #include "team.hpp"
 
 namespace xception {
@@ -209,6 +210,7 @@ class Network {
   void pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias);
   void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
   void pack_bytes(Layer& layer, std::span<const float> weights, std::span<const float> bias);
+  std::int64_t matrix_limit() const { return latency_ ? kSharedMatrixBytes : kMatrixBytes; }
   Type matrix_type(const Layer& layer) const { return layer.in_bytes ? Type::u8 : kernels_->matrix_type; }
   Layout lay_out(const Images& images, int value, bool chains = true) const;
   std::int64_t band_bytes(Layout& layout, int begin, int end, int rows) const;

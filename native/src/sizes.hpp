@@ -7,6 +7,8 @@ namespace xception {
 
 // The matrix of one strip: it should stay in a core's second-level cache beside a panel of weights.
 inline constexpr std::int64_t kMatrixBytes = 256 << 10;
+// Of a thread that has a share of an image only: one strip more would read all weights once more.
+inline constexpr std::int64_t kSharedMatrixBytes = 384 << 10;
 // Tiles read whole: up to 31 lines behind the last pixel.
 inline constexpr std::size_t kSlack = 32 * kLineBytes;
 
