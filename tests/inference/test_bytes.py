@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from covered_networks import COVERED, images, model_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from native_levels import LEVELS, network
 from numpy.typing import NDArray
-from test_compiled import COVERED, images, model_of
 from torch import Tensor
 
 import xception
