@@ -309,11 +309,11 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
   if (!steps.empty()) {
     if (kernels_->multiply_u8 == nullptr) refuse("there are no products of bytes beside numbers of this type");
     if (middle == Activation::elu) refuse("an ELU cannot be counted in steps");
-    if (in > 1 << 16) refuse("expected at most 65,536 channels of bytes");  // sums fit in 32 bits
+    if (in > 1 << 15) refuse("expected at most 32,768 channels of bytes");  // whose sums fit in 32 bits
     for (const float step : steps)
       if (!(step > 0) || !std::isfinite(step)) refuse("expected steps above zero");
-    for (const float value : weights)
-      if (!std::isfinite(value)) refuse("expected finite weights to round to bytes");
+    for (std::size_t i = 0; i < weights.size(); ++i)
+      if (!std::isfinite(weights[i] * steps[i % steps.size()])) refuse("expected finite weights to round to bytes");
   }
   Layer& layer = add(Kind::separable, input, out_channels, residual);
   layer.sampling = sampling;

@@ -253,6 +253,7 @@ def test_wrong_steps_are_refused() -> None:
         (np.array([1, np.nan, 1], np.float32), {}, "expected steps above zero"),
         (np.ones(3, np.float32), {"middle": "elu"}, "an ELU cannot be counted in steps"),
         (np.ones(3, np.float32), {"weights": np.full((4, 3), np.inf, np.float32)}, "expected finite weights"),
+        (np.full(3, 1e30, np.float32), {"weights": np.full((4, 3), 1e30, np.float32)}, "expected finite weights"),
     ):
         with pytest.raises(ValueError, match=message):
             net.separable(value, **{**weights, **options}, kernel=3, steps=steps)
