@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = (
     "tests/inference/test_kernels.py",
     "tests/inference/test_tiles.py",
+    "tests/inference/test_bytes.py",
     "tests/inference/test_compiled.py",
     "tests/native/test_unit_trainer.py",
     "tests/ops/test_convolutions.py",
