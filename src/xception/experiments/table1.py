@@ -11,8 +11,9 @@ each with a folder a class (the 1,000 WordNet ids or the class names); LIST is t
 
 At laptop scale the question is another one: four designs at one budget of parameters. Each keeps its depth and gets
 widths that meet Xception's number of parameters within 2 %; each stem halves images of 32 pixels once. VGG-16 has batch
-normalisation, which as published it has not, since one recipe has to train all four. What we measured stands in
-docs/reproduction.md, from experiments/results/table1-laptop.
+normalisation, which as published it has not, since one recipe has to train all four. What we measured there: VGG-16's
+design 91.4 %, Inception V3's 90.1, Xception 90.1, ResNet-152's 86.9 (docs/reproduction.md, from
+experiments/results/table1-laptop).
 """
 
 from __future__ import annotations

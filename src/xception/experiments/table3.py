@@ -5,8 +5,8 @@
     xception reproduce table3 --scale paper      # batch 32 on a GPU where there is one, 20 rounds
 
 The paper (60 K80 GPUs, synchronous): Inception V3 23,626,728 parameters, 31 steps/s; Xception 22,855,952 and 28.
-The counts are exact here, tests hold them. What this machine measured stands in docs/reproduction.md, from
-experiments/results/table3-laptop.
+The counts are exact here, tests hold them. What we measured on two cores: Xception makes 0.71 of Inception V3's steps/s
+(docs/reproduction.md, from experiments/results/table3-laptop).
 
 Networks are visited in turns (`benchmark.rounds`), since machines change their speed within seconds; only ratios within
 a round count. Every network takes the same step of the same training room, SGD with momentum on softmax cross entropy
