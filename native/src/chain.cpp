@@ -218,14 +218,13 @@ void Network::run_chain(const Layout& layout, int begin, std::byte* arena, const
       ProducerArgs own, other;
       const int at = prepared == k ? prepared_at : 0;
       if (interleaves && filler(k, now, worker.matrices[at].data(), own)) {
-        const bool in_bytes = layer.in_bytes;
-        if (prepared != k) (in_bytes ? worker.kernels->depthwise_u8 : worker.kernels->depthwise)(own);
+        if (prepared != k) kernels_of(layer, *worker.kernels).depthwise(own);
         company.matrix = own.matrix;
         company.matrix_block = own.matrix_block;
         prepared = -1;
         prepared_at = 1 - at;
         std::byte* matrix = worker.matrices[prepared_at].data();
-        const auto alike = [&](int other_layer) { return layers_[index_of(other_layer)].in_bytes == in_bytes; };
+        const auto alike = [&](int next_layer) { return layers_[index_of(next_layer)].in_bytes == layer.in_bytes; };
         if (k < end && alike(k + 1) && filler(k + 1, now, matrix, other)) {
           prepared = k + 1;
           company.follows = true;

@@ -127,7 +127,7 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
     return producer;
   };
   const bool ahead = kernels.interleaves && layer.kind == Kind::separable;  // the next strip during this one
-  const auto multiply = layer.in_bytes ? kernels.multiply_u8 : kernels.multiply;
+  const LayerKernels own = kernels_of(layer, kernels);
   std::byte* matrix = worker.matrices[0].data();
   for (int strip = 0; strip < strips; ++strip) {
     const Range range = share(rows.count, strip, strips);
@@ -146,7 +146,7 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
       else if (layer.kind == Kind::convolution)
         kernels.patches(producer);
       else if (strip == 0 || !ahead)
-        (layer.in_bytes ? kernels.depthwise_u8 : kernels.depthwise)(producer);
+        own.depthwise(producer);
     }
     ProducerArgs next;
     product.beside = strip + 1 == strips ? company.beside : nullptr;
@@ -163,7 +163,7 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
     if (strip + 1 == strips) product.pixels -= rows.left;
     product.output = rows.output.data + line_bytes(range.begin);
     product.residual = rows.residual.data == nullptr ? nullptr : rows.residual.data + line_bytes(range.begin);
-    multiply(product);
+    own.multiply(product);
   }
 }
 

@@ -101,8 +101,8 @@ void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const 
   const int end = layout.flow_end[index_of(begin)];
   const Kernels& kernels = *worker.kernels;
   const int count = span.count;
-  const bool in_bytes = layers_[index_of(begin)].in_bytes;
-  const int per_line = in_bytes ? lane_count(Type::u8) / kPanel : 1;
+  const LayerKernels own = kernels_of(layers_[index_of(begin)], kernels);  // of all of the flow: see find_flows
+  const int per_line = lane_count(matrix_type(layers_[index_of(begin)])) / kPanel;
   // This thread's panels: of each line of a matrix all.
   const auto share_of = [&](int channels) {
     const int panels = panels_of(channels);
@@ -131,7 +131,7 @@ void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const 
   const auto meet = [&] {
     if (barrier != nullptr) barrier->wait();
   };
-  (in_bytes ? kernels.depthwise_u8 : kernels.depthwise)(filler(begin, share_of(layers_[index_of(begin)].in_channels)));
+  own.depthwise(filler(begin, share_of(layers_[index_of(begin)].in_channels)));
   meet();
   for (int k = begin; k <= end; ++k) {
     const Layer& layer = layers_[index_of(k)];
@@ -161,7 +161,7 @@ void Network::run_flow(const Layout& layout, int begin, std::byte* arena, const 
       product.next_weights =
           after.weights.data() + share_of(after.out_channels).begin * after.panel_bytes;
     }
-    (in_bytes ? kernels.multiply_u8 : kernels.multiply)(product);
+    own.multiply(product);
     meet();
   }
 }

@@ -24,17 +24,6 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
-int rounded_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
-
-// Floats, padded with zeros.
-Buffer padded(std::span<const float> values, int count) {
-  Buffer out(sizeof(float) * static_cast<std::size_t>(count));
-  auto* p = reinterpret_cast<float*>(out.data());
-  std::fill_n(p, count, 0.0f);
-  std::copy(values.begin(), values.end(), p);
-  return out;
-}
-
 }  // namespace
 
 Buffer::Buffer(std::size_t bytes) : size_(bytes) {
@@ -147,66 +136,6 @@ void check_size(std::span<const float> values, std::int64_t expected, bool optio
            std::to_string(values.size()));
 }
 }  // namespace
-
-// Weights [out][depth] as panels of 32 output channels: for each step of four bytes of K, 32 floats, or 32 pairs.
-void Network::pack(Layer& layer, std::span<const float> weights, std::span<const float> bias) {
-  const bool reduced = layer.kind == Kind::linear;
-  const Type type = reduced ? Type::f32 : kernels_->matrix_type;
-  const int per_step = type == Type::f32 ? 1 : 2;
-  const int unit = reduced ? 1 : kernels_->depth_unit;
-  const int steps = rounded_up(rounded_up(layer.depth, unit), per_step) / per_step;
-  const int panels = rounded_up(layer.out_channels, kPanel) / kPanel;
-  layer.panel_bytes = static_cast<std::int64_t>(steps) * 2 * kLineBytes;
-  layer.weights = Buffer(static_cast<std::size_t>(panels * layer.panel_bytes));
-  layer.bias = padded(bias, panels * kPanel);
-  const auto at = [&](int o, int k) {
-    if (o >= layer.out_channels || k >= layer.depth) return 0.0f;
-    return weights[static_cast<std::size_t>(o) * static_cast<std::size_t>(layer.depth) + static_cast<std::size_t>(k)];
-  };
-  auto* floats = reinterpret_cast<float*>(layer.weights.data());
-  auto* halves = reinterpret_cast<std::uint16_t*>(layer.weights.data());
-  for (int p = 0; p < panels; ++p)
-    for (int s = 0; s < steps; ++s)
-      for (int n = 0; n < kPanel; ++n)
-        for (int j = 0; j < per_step; ++j) {
-          const float value = at(p * kPanel + n, s * per_step + j);
-          if (type == Type::f32)
-            *floats++ = value;
-          else
-            *halves++ = type == Type::bf16 ? to_bf16(value).bits : to_f16(value).bits;
-        }
-}
-
-// The same for bytes: four of K a step, each output channel's of a size of their own. Sums begin with what takes back
-// the zero point.
-void Network::pack_bytes(Layer& layer, std::span<const float> weights, std::span<const float> bias) {
-  constexpr int per_step = 4;
-  const int steps = rounded_up(layer.depth, kernels_->interleaves ? lane_count(Type::u8) : per_step) / per_step;
-  const int panels = panels_of(layer.out_channels);
-  layer.panel_bytes = static_cast<std::int64_t>(steps) * 2 * kLineBytes;
-  layer.weights = Buffer(static_cast<std::size_t>(panels * layer.panel_bytes));
-  layer.bias = padded(bias, panels * kPanel);
-  layer.scale = padded({}, panels * kPanel);
-  layer.offset = padded({}, panels * kPanel);
-  auto* scale = reinterpret_cast<float*>(layer.scale.data());
-  auto* offset = reinterpret_cast<std::int32_t*>(layer.offset.data());
-  auto* out = reinterpret_cast<std::int8_t*>(layer.weights.data());
-  std::fill_n(out, layer.weights.size(), std::int8_t{0});
-  for (int o = 0; o < layer.out_channels; ++o) {
-    const auto row = weights.subspan(index_of(o) * index_of(layer.depth), index_of(layer.depth));
-    float largest = 0;
-    for (const float value : row) largest = std::max(largest, std::abs(value));
-    const int panel = o / kPanel, lane = o % kPanel;
-    scale[o] = largest / 127.0f;
-    std::int32_t sum = 0;
-    for (int k = 0; k < layer.depth && largest > 0; ++k) {
-      const auto value = static_cast<std::int8_t>(std::nearbyint(row[index_of(k)] / largest * 127.0f));
-      out[panel * layer.panel_bytes + (k / per_step * kPanel + lane) * per_step + k % per_step] = value;
-      sum += value;
-    }
-    offset[o] = -layer.zero_point * sum;
-  }
-}
 
 int Network::load(int channels) {
   if (channels < 0 || channels > 1 << 20) refuse("expected 0 to 1,048,576 channels");
@@ -371,40 +300,6 @@ int Network::depthwise(int input, const Sampling& sampling, std::span<const floa
   layer.middle = activation;
   pack_filters(layer, filters, bias);
   return layer.output;
-}
-
-// [taps][channels] as [groups][taps][16], padded with zeros.
-void Network::pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) {
-  const int taps = layer.sampling.kernel * layer.sampling.kernel, in = layer.in_channels;
-  // Whole lines of what is written.
-  const Type written = layer.kind == Kind::depthwise ? kernels_->type : kernels_->matrix_type;
-  const int groups = rounded_up(in, lane_count(written)) / kGroup;
-  layer.filters = Buffer(sizeof(float) * static_cast<std::size_t>(groups * taps * kGroup));
-  auto* out = reinterpret_cast<float*>(layer.filters.data());
-  for (int g = 0; g < groups; ++g)
-    for (int t = 0; t < taps; ++t)
-      for (int i = 0; i < kGroup; ++i) {
-        const int channel = g * kGroup + i;
-        *out++ = channel < in ? filters[static_cast<std::size_t>(t * in + channel)] : 0.0f;
-      }
-  if (!bias.empty()) layer.filter_bias = padded(bias, groups * kGroup);
-  if (!kernels_->half_filters) return;
-  const auto half = [&](float value) {
-    const f16 rounded = to_f16(value);
-    if (std::isinf(widen(rounded)) && !std::isinf(value)) filters_fit_ = false;
-    return rounded.bits;
-  };
-  const int channels = groups * kGroup;
-  layer.half_filters = Buffer(sizeof(std::uint16_t) * static_cast<std::size_t>(channels * taps));
-  auto* halves = reinterpret_cast<std::uint16_t*>(layer.half_filters.data());
-  for (int block = 0; block < channels; block += kPanel)
-    for (int t = 0; t < taps; ++t)
-      for (int c = block; c < block + kPanel; ++c)
-        *halves++ = half(c < in ? filters[static_cast<std::size_t>(t * in + c)] : 0.0f);
-  if (bias.empty()) return;
-  layer.half_filter_bias = Buffer(sizeof(std::uint16_t) * static_cast<std::size_t>(channels));
-  halves = reinterpret_cast<std::uint16_t*>(layer.half_filter_bias.data());
-  for (int c = 0; c < channels; ++c) *halves++ = half(c < in ? bias[static_cast<std::size_t>(c)] : 0.0f);
 }
 
 int Network::pool(int input, const Sampling& sampling, int residual, bool relu) {

@@ -146,6 +146,16 @@ struct Images {
   int beside_height = 0, beside_width = 0;
 };
 
+// What writes a layer's matrix, and what multiplies it.
+struct LayerKernels {
+  void (*depthwise)(const ProducerArgs&);
+  void (*multiply)(const MultiplyArgs&);
+};
+inline LayerKernels kernels_of(const Layer& layer, const Kernels& kernels) {
+  if (layer.in_bytes) return {kernels.depthwise_u8, kernels.multiply_u8};
+  return {kernels.depthwise, kernels.multiply};
+}
+
 class Network {
  public:
   // `level` is one of the instruction sets that `best_kernels` knows; `threads` work on a run.

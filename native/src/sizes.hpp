@@ -13,6 +13,7 @@ inline constexpr std::int64_t kSharedMatrixBytes = 384 << 10;
 inline constexpr std::size_t kSlack = 32 * kLineBytes;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int rounded_up(int value, int unit) { return ceil_div(value, unit) * unit; }
 constexpr std::size_t index_of(int i) { return static_cast<std::size_t>(i); }
 constexpr int panels_of(int channels) { return ceil_div(channels, kPanel); }
 
