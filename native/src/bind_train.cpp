@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 
+#include "batch_norm.hpp"
 #include "bindings.hpp"
 #include "sizes.hpp"
 #include "train.hpp"
@@ -138,6 +139,14 @@ ConvArgs conv_of(const UnitTrainer& trainer, const Sizes& sizes, const Sizes& ou
   conv.weights = numbers(weights, static_cast<std::int64_t>(conv.out_channels) * depth, "weights");
   conv.z = blocks(trainer, z, conv.out_channels, out, "z");
   return conv;
+}
+
+// The rows of a normalisation (NormRow), and how many channels they have.
+std::tuple<float*, int> norm_of(const Array& norm, double epsilon) {
+  if (norm.ndim() != 2 || norm.shape(0) != kNormRows) refuse("expected a normalisation of four rows");
+  if (!(epsilon >= 0)) refuse("expected an epsilon of 0 or more");
+  const int channels = channels_of(static_cast<int>(std::min<std::size_t>(norm.shape(1), 1u << 17)));
+  return {numbers(norm, static_cast<std::int64_t>(kNormRows) * channels, "the normalisation"), channels};
 }
 
 std::unique_ptr<UnitTrainer> make_trainer(const std::string& level, const std::string& type, int threads,
@@ -339,6 +348,29 @@ void bind_train(nb::module_& m) {
           "sizes"_a, "channels"_a, nb::kw_only(), "pooled"_a, "stride"_a, "dilation"_a, "pad_top"_a, "pad_left"_a,
           nb::arg("gradient").noconvert(), nb::arg("winners").noconvert(), nb::arg("input_gradient").noconvert(),
           "The pooled map's gradient taken back to the normalised map, in channel blocks.")
+      .def_static(
+          "normalise",
+          [](const Array& norm, const MaybeArray& gamma, const MaybeArray& beta, double epsilon) {
+            const auto [rows, channels] = norm_of(norm, epsilon);
+            normalise(rows, channels, numbers(gamma, channels, "gamma"), numbers(beta, channels, "beta"), epsilon);
+          },
+          nb::arg("norm").noconvert(), nb::kw_only(), nb::arg("gamma").noconvert().none(),
+          nb::arg("beta").noconvert().none(), "epsilon"_a,
+          "Of the rows mean, variance, scale and shift (4 x channels): writes the last two.")
+      .def_static(
+          "norm_gradients",
+          [](const Array& norm, double epsilon, std::int64_t pixels, const Array& sums, const Array& gradients,
+             const Array& factors) {
+            const auto [rows, channels] = norm_of(norm, epsilon);
+            if (pixels < 0) refuse("expected a number of pixels, or 0");
+            norm_gradients(rows, channels, epsilon, pixels, numbers(sums, 2 * std::int64_t{channels}, "sums"),
+                           numbers(gradients, 2 * std::int64_t{channels}, "gradients"),
+                           numbers(factors, 3 * std::int64_t{channels}, "factors"));
+          },
+          nb::arg("norm").noconvert(), nb::kw_only(), "epsilon"_a, "pixels"_a, nb::arg("sums").noconvert(),
+          nb::arg("gradients").noconvert(), nb::arg("factors").noconvert(),
+          "Gradients of gamma and beta (2 x channels), and the factors (3 x channels) that `backward` takes. `pixels` went "
+          "into mean and variance; 0: they are not the batch's.")
       .def_prop_ro("threads", &UnitTrainer::threads)
       .def_prop_ro("level", &UnitTrainer::level);
 }

@@ -23,7 +23,7 @@ namespace {
 
 // Raised with every change of this module's interface. xception/ops/backend.py expects the same number, so
 // that an extension left over from an earlier editable install is noticed instead of misused.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 nb::dict to_dict(const xception::CpuFeatures& features) {
   nb::dict out;

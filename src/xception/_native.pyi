@@ -264,6 +264,12 @@ class UnitTrainer:
         winners: _Array,
         input_gradient: _Array,
     ) -> None: ...
+    @staticmethod
+    def normalise(norm: _Array, *, gamma: _Array | None, beta: _Array | None, epsilon: float) -> None: ...
+    @staticmethod
+    def norm_gradients(
+        norm: _Array, *, epsilon: float, pixels: int, sums: _Array, gradients: _Array, factors: _Array
+    ) -> None: ...
 
 class Optimiser:
     """Steps of an optimiser, and of a running average, in one pass over memory; see native/src/optimise.hpp.

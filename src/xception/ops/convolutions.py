@@ -11,12 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xception.ops import reference
 from xception.ops.reference import Convolution as Convolution
 from xception.ops.trainer import (
+    MEAN,
+    NORM_ROWS,
+    SCALE,
+    SHIFT,
+    VARIANCE,
     NormPlan,
     Sizes,
     array,
@@ -29,7 +35,7 @@ from xception.ops.trainer import (
     needs_definition,
     norm_gradients,
     norm_tensors,
-    normalisation,
+    normalise,
     trainer_for,
     trains,
     update_running,
@@ -72,8 +78,8 @@ def normalised_conv2d(x: Tensor, convolution: Convolution, *, output_relu: bool 
         return reference.normalised_conv2d(x, convolution, output_relu=output_relu)
     x = as_map(x)
     tensors = [convolution.weight, *norm_tensors(convolution)]
-    out, mean, variance = _NormalisedConv.apply(ConvPlan.of(convolution), output_relu, x, *tensors)
-    update_running(convolution, mean, variance, out.numel() // out.shape[1])
+    out, norm = _NormalisedConv.apply(ConvPlan.of(convolution), output_relu, x, *tensors)
+    update_running(convolution, norm, out.numel() // out.shape[1])
     result: Tensor = out
     return result
 
@@ -98,19 +104,21 @@ def is_covered(x: Tensor, convolution: Convolution) -> bool:
 
 def forward(
     trainer: UnitTrainer, rows: Tensor, plan: ConvPlan, tensors: Sequence[Tensor | None]
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """From N H W C: what the backward pass needs (z, mean, inverse, scale, shift); the batch's mean and variance."""
-    weight, *norm = tensors
+) -> tuple[Tensor, Tensor]:
+    """From N H W C: the output before its normalisation, in channel blocks, and the normalisation."""
+    weight, *of_norm = tensors
     assert weight is not None
     sizes = (rows.shape[0], rows.shape[1], rows.shape[2])
     window = plan.window(weight, sizes)
     z = torch.empty(trainer.blocked_bytes(weight.shape[0], window["output"]), dtype=torch.uint8)
-    mean, variance = torch.empty(weight.shape[0]), torch.empty(weight.shape[0])
+    kept = torch.empty(NORM_ROWS, weight.shape[0])
+    norm = kept.numpy()
     trainer.convolve(
-        sizes, array(rows), **window, weights=_by_windows(weight), z=z.numpy(), mean=mean.numpy(),
-        variance=variance.numpy(),
+        sizes, array(rows), **window, weights=_by_windows(weight), z=z.numpy(), mean=norm[MEAN],
+        variance=norm[VARIANCE],
     )  # fmt: skip
-    return [z, *normalisation(plan.norm, mean, variance, norm)], mean, variance
+    normalise(trainer, plan.norm, norm, of_norm)
+    return z, kept
 
 
 def backward(
@@ -126,27 +134,26 @@ def backward(
     input_gradient: Tensor | None,
     adds: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of weight, gamma and beta from that of the output, N H' W' C'.
+    """Gradients of weight, gamma and beta from that of the output, N H' W' C'; `kept` is what `forward` gave.
 
     The input's is written into `input_gradient`, or added to what is there; None: it is not wanted.
     """
-    z, mean, inverse, scale, shift = kept
+    z, norm = kept[0].numpy(), kept[1].numpy()
     sizes = (rows.shape[0], rows.shape[1], rows.shape[2])
     window = plan.window(weight, sizes)
     out = window["output"]
-    sums = torch.empty(2, len(mean))
+    sums = np.empty((2, norm.shape[1]), np.float32)
+    gradient = array(arrived)
     trainer.gradient_sums(
-        out, len(mean), z=z.numpy(), scale=scale.numpy(), shift=shift.numpy(), relu=output_relu, mean=mean.numpy(),
-        gradient=array(arrived), sums=sums.numpy(),
+        out, norm.shape[1], z=z, scale=norm[SCALE], shift=norm[SHIFT], relu=output_relu, mean=norm[MEAN],
+        gradient=gradient, sums=sums,
     )  # fmt: skip
-    of_scale, of_offset, factors = norm_gradients(
-        plan.norm, (mean, inverse, scale, shift), sums, out[0] * out[1] * out[2]
-    )
+    of_scale, of_offset, factors = norm_gradients(trainer, plan.norm, norm, sums, out[0] * out[1] * out[2])
     of_weight = torch.empty(weight.permute(0, 2, 3, 1).shape) if wants_weight else None
     if wants_weight or input_gradient is not None:
         trainer.convolve_backward(
-            sizes, array(rows), **window, weights=_by_windows(weight), z=z.numpy(), gradient=array(arrived),
-            out_scale=scale.numpy(), out_shift=shift.numpy(), out_relu=output_relu, factors=factors.numpy(),
+            sizes, array(rows), **window, weights=_by_windows(weight), z=z, gradient=gradient,
+            out_scale=norm[SCALE], out_shift=norm[SHIFT], out_relu=output_relu, factors=factors,
             input_gradient=None if input_gradient is None else array(input_gradient), adds=adds,
             weight_gradient=None if of_weight is None else matrix(of_weight),
         )  # fmt: skip
@@ -160,19 +167,19 @@ class _NormalisedConv(torch.autograd.Function):
         rows = channels_last(x)
         weight = tensors[0]
         assert weight is not None
-        kept, mean, variance = forward(trainer, rows, plan, tensors)
-        z, _, _, scale, shift = kept
+        z, kept = forward(trainer, rows, plan, tensors)
+        norm = kept.numpy()
         out = plan.window(weight, (rows.shape[0], rows.shape[1], rows.shape[2]))["output"]
-        result = rows.new_empty(*out, len(scale))
+        result = rows.new_empty(*out, norm.shape[1])
         trainer.finish(
-            out, len(scale), z=z.numpy(), scale=scale.numpy(), shift=shift.numpy(), relu=output_relu, residual=None,
+            out, norm.shape[1], z=z.numpy(), scale=norm[SCALE], shift=norm[SHIFT], relu=output_relu, residual=None,
             residual_scale=None, residual_shift=None, output=array(result),
         )  # fmt: skip
         ctx.plan, ctx.output_relu = plan, output_relu
-        ctx.save_for_backward(x, *kept, *tensors)
-        ctx.mark_non_differentiable(mean, variance)
+        ctx.save_for_backward(x, z, kept, *tensors)
+        ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
-        return result.permute(0, 3, 1, 2), mean, variance
+        return result.permute(0, 3, 1, 2), kept
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> Any:
@@ -180,7 +187,7 @@ class _NormalisedConv(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         plan: ConvPlan = ctx.plan
         x, *saved = ctx.saved_tensors
-        kept, tensors = saved[:5], saved[5:]
+        kept, tensors = saved[:2], saved[2:]
         if needs_definition(gradient):
 
             def definition() -> Tensor:

@@ -1,7 +1,7 @@
 """What the compiled operations of training share: when they may run, their arrays, batch normalisation's arithmetic.
 
-A normalisation is kept as mean, inverse = 1 / sqrt(variance + epsilon), scale = gamma * inverse and
-shift = beta - mean * scale, so that y = z * scale + shift.
+A normalisation is kept as rows of C' numbers, `MEAN`, `VARIANCE`, `SCALE` and `SHIFT`: y = z * scale + shift, where
+scale = gamma / sqrt(variance + epsilon) and shift = beta - mean * scale.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from xception.ops.backend import UnitTrainer
 
 Sizes = tuple[int, int, int]  # images, height, width
+
+MEAN, VARIANCE, SCALE, SHIFT = range(4)
+NORM_ROWS = 4
 
 MAP_TYPES: dict[torch.dtype, backend.Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -102,6 +106,11 @@ def array(rows: Tensor) -> Any:
     return rows.view(torch.int16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
 
 
+def vector(values: Tensor | None) -> Any:
+    """One number a channel, as NumPy has it."""
+    return None if values is None else values.detach().contiguous().numpy()
+
+
 def matrix(weights: Tensor) -> Any:
     """Weights of any shape as [outputs][all the others]."""
     return weights.detach().reshape(weights.shape[0], -1).contiguous().numpy()
@@ -123,52 +132,47 @@ class NormPlan:
 
 
 def norm_tensors(given: Normalised) -> list[Tensor | None]:
-    """In the order in which `normalisation` takes them. Running statistics are there where it normalises by them:
+    """In the order in which `normalise` takes them. Running statistics are there where it normalises by them:
     others change while the tensors are kept for the backward pass."""
     running = [None, None] if given.gathers else [given.running_mean, given.running_variance]
     return [given.scale, given.offset, *running]
 
 
-def normalisation(
-    plan: NormPlan, mean: Tensor, variance: Tensor, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, inverse, scale and shift, from the batch's statistics or, if it gathers none, from the running ones."""
-    gamma, beta, running_mean, running_variance = tensors
+def normalise(trainer: UnitTrainer, plan: NormPlan, norm: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Complete `norm`, whose first rows are the batch's: running statistics take their place if it gathers none."""
+    gamma, beta, running_mean, running_variance = (vector(t) for t in tensors)
     if not plan.gathers:
-        assert running_mean is not None
-        assert running_variance is not None
-        mean, variance = running_mean.detach().clone(), running_variance.detach()
-    inverse = (variance.double() + plan.epsilon).rsqrt()
-    scale = inverse if gamma is None else inverse * gamma.detach().double()
-    shift = -mean.double() * scale
-    if beta is not None:
-        shift = shift + beta.detach().double()
-    return mean, inverse, scale.float(), shift.float()
+        norm[MEAN], norm[VARIANCE] = running_mean, running_variance
+    trainer.normalise(norm, gamma=gamma, beta=beta, epsilon=plan.epsilon)
 
 
-def norm_gradients(plan: NormPlan, kept: Sequence[Tensor], sums: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def norm_gradients(
+    trainer: UnitTrainer, plan: NormPlan, norm: Any, sums: Any, pixels: int
+) -> tuple[Tensor, Tensor, Any]:
     """Gradients of gamma and beta, and the factors (3 x C') by which the gradient of z follows from that of y.
 
-    `sums` (2 x C') are of the gradient g of y, and of g * (z - mean); `count` is the number of pixels. Of the batch's
-    own statistics::
+    `sums` (2 x C') are of the gradient g of y, and of g * (z - mean). Of the batch's own statistics, with
+    inverse = 1 / sqrt(variance + epsilon)::
 
         gradient of z = scale * (g - mean of g - (z - mean) * inverse * mean of (g * (z - mean) * inverse))
     """
-    mean, inverse, scale, _ = kept
-    of_offset, of_scale = sums[0].double(), sums[1].double() * inverse
-    factors = torch.zeros(3, len(mean), dtype=torch.float64)
-    factors[0] = scale
-    if plan.gathers:
-        factors[1] = -scale.double() * of_scale * inverse / count
-        factors[2] = -scale.double() * of_offset / count - factors[1] * mean
-    return of_scale.float(), of_offset.float(), factors.float()
+    channels = norm.shape[1]
+    gradients = torch.empty(2, channels)
+    factors = np.empty((3, channels), np.float32)
+    trainer.norm_gradients(
+        norm, epsilon=plan.epsilon, pixels=pixels if plan.gathers else 0, sums=sums, gradients=gradients.numpy(),
+        factors=factors,
+    )  # fmt: skip
+    of_scale, of_offset = gradients.unbind()
+    return of_scale, of_offset, factors
 
 
-def update_running(given: Normalised, mean: Tensor, variance: Tensor, count: int) -> None:
+def update_running(given: Normalised, norm: Tensor, count: int) -> None:
     """Running statistics as PyTorch has them: the variance's is of the sample, divided by count - 1."""
     if not given.gathers or given.momentum is None:
         return
     with torch.no_grad():
+        mean, variance = norm[MEAN], norm[VARIANCE]
         if given.running_mean is not None:
             given.running_mean.lerp_(mean, given.momentum)
         if given.running_variance is not None:

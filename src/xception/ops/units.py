@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,11 @@ from xception.ops.reference import Shortcut as Shortcut
 from xception.ops.reference import Unit as Unit
 from xception.ops.trainer import (
     MAP_TYPES,
+    MEAN,
+    NORM_ROWS,
+    SCALE,
+    SHIFT,
+    VARIANCE,
     NormPlan,
     Sizes,
     array,
@@ -37,7 +43,7 @@ from xception.ops.trainer import (
     needs_definition,
     norm_gradients,
     norm_tensors,
-    normalisation,
+    normalise,
     trainer_for,
     trains,
     update_running,
@@ -84,13 +90,13 @@ def separable_units(
         tensors += [unit.depthwise, unit.pointwise, *norm_tensors(unit)]
     if isinstance(shortcut, Convolution):
         tensors += [shortcut.weight, *norm_tensors(shortcut)]
-    out, *statistics = _SeparableUnits.apply(plan, x, given, *tensors)
+    out, *norms = _SeparableUnits.apply(plan, x, given, *tensors)
     result: Tensor = out
     pixels = x.numel() // x.shape[1]
-    for i, unit in enumerate(units):
-        update_running(unit, statistics[2 * i], statistics[2 * i + 1], pixels)
+    for unit, norm in zip(units, norms, strict=False):
+        update_running(unit, norm, pixels)
     if isinstance(shortcut, Convolution):
-        update_running(shortcut, statistics[-2], statistics[-1], result.numel() // result.shape[1])
+        update_running(shortcut, norms[-1], result.numel() // result.shape[1])
     return result
 
 
@@ -148,11 +154,11 @@ class _Plan:
 
 
 _OF_A_UNIT = 6  # tensors: depthwise, pointwise, gamma, beta, running mean, running variance
-_KEPT = 5  # tensors of a unit, and of the shortcut's convolution: z, mean, inverse, scale, shift
+_KEPT = 2  # tensors of a unit, and of the shortcut's convolution: z, and its normalisation
 
 
 class _SeparableUnits(torch.autograd.Function):
-    """Saved for backward: the input, each unit's z (before its normalisation) in channel blocks, and small vectors."""
+    """Saved for backward: the input, each unit's z (before its normalisation) in channel blocks, and small arrays."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Any:
@@ -160,39 +166,37 @@ class _SeparableUnits(torch.autograd.Function):
         rows = channels_last(x)
         sizes = _sizes(rows)
         value: Any = array(rows)
-        load: tuple[Any, Any] = (None, None)
+        scale: Any = None
+        shift: Any = None
         kept: list[Tensor] = []
-        statistics: list[Tensor] = []
         for i, relu in enumerate(plan.input_relu):
-            depthwise, pointwise, *norm = tensors[_OF_A_UNIT * i : _OF_A_UNIT * (i + 1)]
+            depthwise, pointwise, *of_norm = tensors[_OF_A_UNIT * i : _OF_A_UNIT * (i + 1)]
             assert depthwise is not None
             assert pointwise is not None
-            out = pointwise.shape[0]
-            z = torch.empty(trainer.blocked_bytes(out, sizes), dtype=torch.uint8)
-            mean, variance = torch.empty(out), torch.empty(out)
+            channels = pointwise.shape[0]
+            kept += [
+                torch.empty(trainer.blocked_bytes(channels, sizes), dtype=torch.uint8), torch.empty(NORM_ROWS, channels)
+            ]  # fmt: skip
+            z, norm = kept[-2].numpy(), kept[-1].numpy()
             trainer.forward(
-                sizes, value, scale=load[0], shift=load[1], relu=relu, dilation=plan.dilation,
-                filters=_flat(depthwise), weights=matrix(pointwise), z=z.numpy(), mean=mean.numpy(),
-                variance=variance.numpy(),
+                sizes, value, scale=scale, shift=shift, relu=relu, dilation=plan.dilation, filters=_flat(depthwise),
+                weights=matrix(pointwise), z=z, mean=norm[MEAN], variance=norm[VARIANCE],
             )  # fmt: skip
-            statistics += [mean, variance]
-            kept += [z, *normalisation(plan.norms[i], mean, variance, norm)]
-            value, load = z.numpy(), (kept[-2].numpy(), kept[-1].numpy())
-        channels = kept[-1].shape[0]
+            normalise(trainer, plan.norms[i], norm, of_norm)
+            value, scale, shift = z, norm[SCALE], norm[SHIFT]
         added: dict[str, Any] = {"residual": None, "residual_scale": None, "residual_shift": None}
         if plan.projection is not None:
-            other, *both = convolutions.forward(trainer, rows, plan.projection, tensors[_OF_A_UNIT * plan.count :])
+            other = convolutions.forward(trainer, rows, plan.projection, tensors[_OF_A_UNIT * plan.count :])
             kept += other
-            statistics += both
-            added = {
-                "residual": other[0].numpy(), "residual_scale": other[3].numpy(), "residual_shift": other[4].numpy()
-            }  # fmt: skip
+            norm = other[1].numpy()
+            added = {"residual": other[0].numpy(), "residual_scale": norm[SCALE], "residual_shift": norm[SHIFT]}
         elif plan.identity or shortcut is not None:
             added["residual"] = array(rows if shortcut is None else channels_last(shortcut))
+        norms = kept[1::_KEPT]
         if plan.pool is None:
             result = rows.new_empty(*sizes, channels)
             trainer.finish(
-                sizes, channels, z=value, scale=load[0], shift=load[1], relu=plan.output_relu, **added,
+                sizes, channels, z=value, scale=scale, shift=shift, relu=plan.output_relu, **added,
                 output=array(result),
             )  # fmt: skip
         else:
@@ -200,16 +204,16 @@ class _SeparableUnits(torch.autograd.Function):
             result = rows.new_empty(*pooled, channels)
             winners = torch.empty(-(-channels // 32) * 32 * pooled[0] * pooled[1] * pooled[2], dtype=torch.uint8)
             trainer.pool(
-                sizes, channels, pooled=pooled, **window, z=value, scale=load[0], shift=load[1], **added,
+                sizes, channels, pooled=pooled, **window, z=value, scale=scale, shift=shift, **added,
                 output=array(result), winners=winners.numpy(),
             )  # fmt: skip
             kept.append(winners)
         ctx.plan = plan
         ctx.save_for_backward(x, shortcut, *kept, *tensors)
         ctx.kept = len(kept)
-        ctx.mark_non_differentiable(*statistics)
+        ctx.mark_non_differentiable(*norms)
         ctx.set_materialize_grads(False)
-        return result.permute(0, 3, 1, 2), *statistics
+        return result.permute(0, 3, 1, 2), *norms
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> Any:
@@ -252,8 +256,8 @@ def _units_backward(
     sizes = _sizes(rows)
     count = sizes[0] * sizes[1] * sizes[2]
     results: list[Tensor | None] = [None] * (_OF_A_UNIT * plan.count)
-    z, mean, _, scale, shift = kept[_KEPT * (plan.count - 1) : _KEPT * plan.count]
-    channels = mean.shape[0]
+    z, norm = _arrays(kept, plan.count - 1)
+    channels = norm.shape[1]
     value: Any = array(arrived)
     if plan.pool is not None:
         window, pooled = _window(plan.pool, sizes)
@@ -263,49 +267,53 @@ def _units_backward(
             input_gradient=taken_back.numpy(),
         )  # fmt: skip
         value = taken_back.numpy()
-    sums = torch.empty(2, channels)
+    sums: Any = np.empty((2, channels), np.float32)
     trainer.gradient_sums(
-        sizes, channels, z=z.numpy(), scale=scale.numpy(), shift=shift.numpy(), relu=plan.output_relu,
-        mean=mean.numpy(), gradient=value, sums=sums.numpy(),
+        sizes, channels, z=z, scale=norm[SCALE], shift=norm[SHIFT], relu=plan.output_relu, mean=norm[MEAN],
+        gradient=value, sums=sums,
     )  # fmt: skip
     first = _first_wanted(plan.count, wants_x, wanted)
     of_x: Tensor | None = None
     load: tuple[Any, Any]
     for i in reversed(range(plan.count)):
+        if sums is None:  # nothing before is wanted
+            break
         at = _OF_A_UNIT * i
         depthwise, pointwise = tensors[at : at + 2]
-        z, *norm = kept[_KEPT * i : _KEPT * (i + 1)]
-        results[at + 2], results[at + 3], factors = norm_gradients(plan.norms[i], norm, sums, count)
+        z, norm = _arrays(kept, i)
+        results[at + 2], results[at + 3], factors = norm_gradients(trainer, plan.norms[i], norm, sums, count)
         if i < first:
             break
-        if i > 0:
-            source, in_mean, _, in_scale, in_shift = kept[_KEPT * (i - 1) : _KEPT * i]
-            load, sums = (in_scale.numpy(), in_shift.numpy()), torch.empty(2, len(in_mean))
-        else:
-            source, load = rows, (None, None)
         wants_input = wants_x if i == 0 else i > first or _wants_norm(wanted, i - 1)
-        input_gradient = torch.empty_like(source) if wants_input else None
+        source, load, mean, sums = array(rows), (None, None), None, None
+        if i > 0:
+            source, before = _arrays(kept, i - 1)
+            load = before[SCALE], before[SHIFT]
+            if wants_input:
+                mean, sums = before[MEAN], np.empty((2, before.shape[1]), np.float32)
+        input_gradient = torch.empty_like(kept[_KEPT * (i - 1)] if i > 0 else rows) if wants_input else None
         filter_gradient = torch.empty(depthwise.shape)
         weight_gradient = torch.empty(pointwise.shape) if wanted[at + 1] else None
-        gathers_sums = i > 0 and wants_input
+        to_input = None if input_gradient is None else array(input_gradient)
         trainer.backward(
-            sizes, array(source), scale=load[0], shift=load[1], relu=plan.input_relu[i], dilation=plan.dilation,
-            filters=_flat(depthwise), weights=matrix(pointwise), z=z.numpy(), gradient=value,
-            out_scale=norm[2].numpy(), out_shift=norm[3].numpy(),
-            out_relu=plan.output_relu and i == plan.count - 1, factors=factors.numpy(),
-            in_mean=in_mean.numpy() if gathers_sums else None,
+            sizes, source, scale=load[0], shift=load[1], relu=plan.input_relu[i], dilation=plan.dilation,
+            filters=_flat(depthwise), weights=matrix(pointwise), z=z, gradient=value, out_scale=norm[SCALE],
+            out_shift=norm[SHIFT], out_relu=plan.output_relu and i == plan.count - 1, factors=factors, in_mean=mean,
             residual=array(arrived) if i == 0 and plan.identity and wants_input else None,
-            input_gradient=None if input_gradient is None else array(input_gradient),
-            filter_gradient=_flat(filter_gradient),
-            weight_gradient=None if weight_gradient is None else matrix(weight_gradient),
-            sums=sums.numpy() if gathers_sums else None,
+            input_gradient=to_input, filter_gradient=_flat(filter_gradient),
+            weight_gradient=None if weight_gradient is None else matrix(weight_gradient), sums=sums,
         )  # fmt: skip
         results[at], results[at + 1] = filter_gradient, weight_gradient
         if i == 0:
             of_x = input_gradient
-        elif input_gradient is not None:
-            value = input_gradient.numpy()
+        elif to_input is not None:
+            value = to_input
     return of_x, results
+
+
+def _arrays(kept: Sequence[Tensor], unit: int) -> tuple[Any, Any]:
+    """A unit's z and its normalisation."""
+    return kept[_KEPT * unit].numpy(), kept[_KEPT * unit + 1].numpy()
 
 
 def _wants_norm(wanted: Sequence[bool], unit: int) -> bool:

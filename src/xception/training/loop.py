@@ -42,7 +42,7 @@ from xception.training.record import (
 from xception.training.run_folder import require_same_run, run_folder
 from xception.training.state import TrainingState, averaged
 from xception.training.step import StepResult, computing, engine, step_config, train_step
-from xception.training.trainable import batch_norms, norm_share, set_trainable
+from xception.training.trainable import norm_share, set_trainable
 from xception.training.trouble import MAX_SKIPPED_IN_A_ROW, looks_for_scale, note_bad, note_skipped
 from xception.training.validation import ScoresNotFinite, evaluate_part
 from xception.training.waiting import Waiting
@@ -193,7 +193,7 @@ class Run:
         scale = state.scaler.get_scale()
         seed = step_seed(recipe, progress.step)
         share = norm_share(recipe, progress.step, trained=self.plan.weights is not None)
-        for norm in batch_norms(phase.network):
+        for norm in phase.norms:
             norm.momentum = share
         # A compiled network would be compiled anew for every share of the first steps.
         network = phase.network if phase.on_features or share == recipe.norm_momentum else state.model

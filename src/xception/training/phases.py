@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from xception.training.prepare import Plan
 from xception.training.progress import Reporter
 from xception.training.recipe import Recipe
 from xception.training.state import TrainingState
+from xception.training.trainable import batch_norms
 from xception.training.trouble import note_bad
 
 
@@ -39,6 +41,11 @@ class Phase:
     def on_features(self) -> bool:
         """Whether the trunk is not run."""
         return isinstance(self.loader, FeatureLoader)
+
+    @cached_property
+    def norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        """Every batch normalisation in `network`."""
+        return list(batch_norms(self.network))
 
 
 def whole_phase(plan: Plan, state: TrainingState, loader: Loader, val_loader: Loader | None) -> Phase:

@@ -137,7 +137,7 @@ def train_step(
         scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
         done("backward")
     scaler.unscale_(optimizer)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     finite = all(map(_is_finite, (loss_sum, norm)))
     if finite:
