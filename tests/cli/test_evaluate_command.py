@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import xception
 from xception.cli.main import main
 from xception.data.composites import open_composites
 from xception.data.tar_shards import write_shards
+from xception.errors import ConfigError
 from xception.evaluation.evaluate import evaluate
 from xception.evaluation.markup import percent
+from xception.ops.backend import native_available
 from xception.weights.bundle import BundleInfo, save_bundle
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
@@ -135,3 +138,32 @@ def test_shards_of_several_labels_in_table_json_and_report(tmp_path: Path, capsy
     assert main(words) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("MAP@100")]
     assert rows == [["MAP@100", f"{100 * figure:.2f}", "%"]]
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "torch"])
+def test_what_runs_the_network(imagenet: Path, model: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    if backend == "native" and not native_available():
+        pytest.skip("needs the compiled extension")
+    assert main(["evaluate", str(model), str(imagenet), "--json", "--backend", backend]) == 0
+    said = capsys.readouterr()
+    engine = json.loads(said.out.splitlines()[-1])["engine"]
+    assert f"the network ran on {engine}" in said.err
+    assert engine.startswith(
+        "torch: asked for" if backend == "torch" else "native, " if native_available() else "torch"
+    )
+
+
+def test_a_network_that_the_backend_does_not_cover(imagenet: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = xception.create_model("resnet152_small", num_classes=3)
+    info = BundleInfo(
+        model="resnet152_small",
+        config=dataclasses.asdict(network.config),  # type: ignore[call-overload]
+        class_names=CLASSES,
+        multi_label=False,
+        preprocess=xception.Preprocess(size=(32, 32)),
+    )
+    save_bundle(tmp_path / "r.safetensors", network, info)
+    with pytest.raises(ConfigError, match="the compiled executor"):
+        evaluate(tmp_path / "r.safetensors", imagenet, backend="native")
+    assert evaluate(tmp_path / "r.safetensors", imagenet, backend="torch").engine == "torch: asked for"

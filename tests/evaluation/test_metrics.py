@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import xception
 from xception.data.loader import BadImage, Batch, Loader
 from xception.data.preprocess import Preprocess
 from xception.data.split import FileSplit
 from xception.errors import ConfigError, DataError
-from xception.evaluation.device import usable_device
+from xception.evaluation.accumulate import NoFiniteScores
 from xception.evaluation.metrics import evaluate_model
+from xception.ops import backend
+from xception.ops.device import usable_device
 
 
 class _Batches:
@@ -111,8 +115,80 @@ def test_not_finite_scores_are_named() -> None:
     )
     assert (found.count, found.non_finite) == (1, 1)
     assert found.errors[0].key == "sample 6"
-    with pytest.raises(DataError, match="at least one sample"):
+    with pytest.raises(NoFiniteScores, match="at least one sample"):
         evaluate_model(_FirstPixels(2), _Batches(_batch([[math.nan, 0]], [0])), class_names=("a", "b"))
+    unread = Batch(torch.zeros(0, 1, 1, 2), torch.zeros(0), torch.zeros(0), (BadImage("x.jpg", "an empty file"),))
+    with pytest.raises(DataError, match="at least one sample") as error:
+        evaluate_model(_FirstPixels(2), _Batches(unread), class_names=("a", "b"))
+    assert not isinstance(error.value, NoFiniteScores)
+
+
+def _pictures() -> _Batches:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(20, 3, 32, 32, generator=generator)
+    targets = torch.randint(0, 5, (20,), generator=generator)
+    return _Batches(
+        *(Batch(images[i : i + 7], targets[i : i + 7], torch.arange(20)[i : i + 7], ()) for i in (0, 7, 14))
+    )
+
+
+def _network(name: str = "xception_small") -> nn.Module:
+    torch.manual_seed(0)
+    model = xception.create_model(name, num_classes=5, in_channels=3)
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.add_(torch.randn_like(norm.running_mean) * 0.1)  # type: ignore[union-attr, arg-type]
+    return model.train()
+
+
+class _Calls:
+    """Counts how often a network is called, without a hook that it could be known by."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]) -> None:
+        self.count, real = 0, kind.forward
+
+        def forward(module: nn.Module, x: Tensor) -> Any:
+            self.count += 1
+            return real(module, x)
+
+        monkeypatch.setattr(kind, "forward", forward)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not backend.native_available(), reason="needs the compiled extension")
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_the_compiled_executor_gives_the_networks_figures(
+    monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"], bound: float
+) -> None:
+    model, names = _network(), tuple("abcde")
+    calls = _Calls(monkeypatch, type(model))
+    with backend.use_backend("reference"):
+        expected = evaluate_model(model, _pictures(), class_names=names)
+    assert calls.count == 3
+    with backend.use_backend("native"):
+        found = evaluate_model(model, _pictures(), class_names=names, precision=precision)
+    assert calls.count == 3
+    assert found.loss == pytest.approx(expected.loss, rel=bound)
+    assert model.training
+    if precision == "fp32":
+        assert found.confusion == expected.confusion
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not backend.native_available(), reason="needs the compiled extension")
+@pytest.mark.parametrize("why", ["another family", "a hook", "float64"])
+def test_what_the_compiled_executor_does_not_cover_runs_itself(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    model = _network("resnet50" if why == "another family" else "xception_small")
+    seen: list[int] = []
+    if why == "a hook":
+        model.register_forward_hook(lambda module, given, scores: seen.append(len(scores)))
+    if why == "float64":
+        model.double()
+    calls = _Calls(monkeypatch, type(model))
+    with backend.use_backend("native"):
+        evaluate_model(model, _pictures(), class_names=tuple("abcde"))
+    assert calls.count == 3
+    assert seen == ([7, 7, 6] if why == "a hook" else [])
 
 
 def test_multi_label() -> None:

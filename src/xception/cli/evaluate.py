@@ -34,7 +34,10 @@ class Evaluate:
     workers: int = 0
     """Processes that read images."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic."""
+    """Of the activations between the layers; sums are float32 always."""
+    backend: Literal["auto", "native", "openvino", "torch"] = "auto"
+    """What runs the network: native is the compiled executor for CPUs; auto takes it where it covers the network, else
+    OpenVINO where it is installed, else PyTorch."""
     device: str | None = None
     """cpu, cuda, ...; by default cuda where there is one."""
     data_root: str | None = None
@@ -73,6 +76,7 @@ class Evaluate:
                 batch_size=self.batch_size,
                 workers=self.workers,
                 precision=self.precision,
+                backend=self.backend,
                 device=self.device,
                 data_root=self.data_root,
                 download=self.download,
@@ -80,6 +84,7 @@ class Evaluate:
                 progress=progress,
             )
         e = result.evaluation
+        sys.stderr.write(f"xception: the network ran on {printable(result.engine)}\n")
         if result.note is not None:
             sys.stderr.write(f"xception: {printable(result.note)}\n")
         if self.blacklist is not None:
@@ -111,7 +116,7 @@ class Evaluate:
                 )
             for bad in e.errors:
                 json_line({"path": bad.key, "error": bad.reason})
-            counts = {"part": result.part, "images": e.count, "bad_images": len(e.errors)}
+            counts = {"engine": result.engine, "part": result.part, "images": e.count, "bad_images": len(e.errors)}
             if self.blacklist is not None:
                 counts["blacklisted_images"] = result.blacklisted
             json_line({**counts, **_figures(e.to_dict())})

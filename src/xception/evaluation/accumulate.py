@@ -29,6 +29,10 @@ MAX_CONFUSION_CLASSES = 2048
 MAX_KEPT_SCORES = 1 << 26
 
 
+class NoFiniteScores(DataError):
+    """Samples were read, and the network's scores of all of them are NaN or infinite."""
+
+
 class Accumulator(ABC):
     """Takes batches of logits with their targets and ends with an `Evaluation`."""
 
@@ -73,10 +77,11 @@ class Accumulator(ABC):
             self._add(scores, targets, indices)
 
     def result(self) -> Evaluation:
-        """The figures so far. Raises `DataError` where no sample was scored."""
+        """The figures so far. Raises `DataError` where no sample was scored, `NoFiniteScores` if the network failed."""
         if self.count == 0:
             failed = f" ({len(self.errors)} failed; the first: {_first(self.errors)})" if self.errors else ""
-            raise DataError(f"expected at least one sample to evaluate, got none{failed}")
+            kind = NoFiniteScores if self.non_finite else DataError
+            raise kind(f"expected at least one sample to evaluate, got none{failed}")
         per_class = self._per_class()
         seen = [c for c, n in zip(per_class, self._support + self._predicted, strict=True) if n > 0]
         error, bins = self._calibration.result()

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from xception.data.blacklist import read_blacklist, without_blacklisted
 from xception.data.loader import Loader
 from xception.data.relabel import as_label_sets, with_labels_of
 from xception.data.sources import BadImage, DataSource, Split, all_samples, drop_samples, open_source
 from xception.errors import ConfigError, DataError
 from xception.evaluation.metrics import Evaluation, Precision, evaluate_model
+from xception.inference.compiled import Engine
+from xception.inference.runner import Runner
+from xception.ops.device import usable_device
 from xception.weights.bundle import BundleInfo
 from xception.weights.load import load_model
 
@@ -33,6 +34,8 @@ class EvaluatedModel:
     split: Split
     note: str | None
     """What a person should know about the choice of images."""
+    engine: str
+    """What ran the network, and why not the compiled executor: see `Runner`."""
     blacklisted: int = 0
     """Images of the part that were left out because they are on the black list."""
 
@@ -45,6 +48,7 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     precision: Precision = "fp32",
+    backend: Engine = "auto",
     device: str | None = None,
     data_root: str | os.PathLike[str] | None = None,
     download: bool = False,
@@ -55,11 +59,13 @@ def evaluate(
 
     `part` "auto" never takes images that the model was trained on where it can know: the test part of the very
     data it was trained on (split again as it was then), else the data's own test part, else its validation part,
-    else everything. `blacklist` is ILSVRC's list of validation images to leave out, as the paper does.
+    else everything. `backend` says what runs the network, as for `compile_model`; `EvaluatedModel.engine` what was
+    chosen. `blacklist` is ILSVRC's list of validation images to leave out, as the paper does.
 
     Raises `WeightsError`, `DataError` or `ConfigError` with one line for what cannot be used.
     """
     listed = None if blacklist is None else read_blacklist(blacklist)
+    where = usable_device("cpu" if device is None and backend in ("native", "openvino") else device)
     network, info = load_model(model)
     trained_on = TrainingData.of(info)
     source = open_source(
@@ -95,14 +101,14 @@ def evaluate(
         workers=workers,
     )
     try:
+        runner = Runner(network.to(where).eval(), where, precision=precision, backend=backend)
         evaluation = evaluate_model(
             network,
             loader,
             class_names=info.class_names,
             multi_label=info.multi_label,
             importance=_importance(source, info.class_names),
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            precision=precision,
+            runner=runner,
             progress=progress,
         )
     finally:
@@ -111,8 +117,9 @@ def evaluate(
     unread = tuple(BadImage(key, why) for key, why in left_out.items())
     evaluation = replace(evaluation, errors=evaluation.errors + unread)
     return EvaluatedModel(
-        evaluation=evaluation, info=info, source=source, part=chosen, split=split, note=note, blacklisted=blacklisted
-    )
+        evaluation=evaluation, info=info, source=source, part=chosen, split=split, note=note, blacklisted=blacklisted,
+        engine=runner.engine,
+    )  # fmt: skip
 
 
 def _importance(source: DataSource, class_names: Sequence[str]) -> list[float] | None:

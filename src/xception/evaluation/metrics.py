@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -12,13 +12,13 @@ from torch import nn
 from xception.data.loader import Batch
 from xception.errors import ConfigError
 from xception.evaluation.accumulate import Accumulator, MultiLabel, SingleLabel
-from xception.evaluation.device import usable_device
 from xception.evaluation.figures import CalibrationBin, ClassFigures, Evaluation, Mistake
+from xception.inference.precision import PRECISIONS, Precision
+from xception.inference.runner import Runner
+from xception.ops.backend import active_backend
+from xception.ops.device import usable_device
 
-__all__ = ["CalibrationBin", "ClassFigures", "Evaluation", "Mistake", "evaluate_model"]
-
-Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["CalibrationBin", "ClassFigures", "Evaluation", "Mistake", "Precision", "evaluate_model"]
 
 
 class Batches(Protocol):
@@ -38,6 +38,7 @@ def evaluate_model(
     importance: Sequence[float] | None = None,
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
+    runner: Runner | None = None,
     max_mistakes: int = 24,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -45,35 +46,42 @@ def evaluate_model(
 
     The model is moved to `device` (None: left where it is), put in eval mode, and every module gets its own
     training flag back afterwards, also after an error. `importance` is what each class weighs in MAP@100 (multi-label
-    data only; None weighs all alike). `precision` other than fp32 runs it under autocast.
+    data only; None weighs all alike). `runner` runs it (None: the compiled executor, in `precision`, on a CPU where
+    that covers the model and the backend is native; else the model itself, under autocast for all but fp32).
     `progress` is called with (batches done, batches in all). Images that could not be read, and samples with
     NaN or infinite scores, are in `Evaluation.errors`. Raises `DataError` where no sample could be scored, and
     `ConfigError` for a device that is not there, or where scores and `class_names` differ in number.
     """
-    if precision not in _DTYPES:
-        raise ConfigError(f"precision must be one of {', '.join(_DTYPES)}; got {precision!r}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if device is not None:
         model.to(usable_device(device))
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device=device))
     figures: Accumulator
     if multi_label:
         figures = MultiLabel(class_names, importance=importance)
     else:
         figures = SingleLabel(class_names, max_mistakes=max_mistakes)
     keys: Sequence[str] = getattr(getattr(loader, "split", None), "keys", ())
-    autocast = torch.autocast(like.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
-    with torch.inference_mode(), _eval_mode(model), autocast:
+    with _eval_mode(model):
+        runner = runner or _runner(model, precision)
         for done, batch in enumerate(loader.epoch(0), start=1):
             figures.errors.extend(batch.bad)
             if len(batch.images):
-                # Channels last, as prediction has them: depthwise convolutions are up to twice as fast.
-                images = batch.images.to(like.device, like.dtype, memory_format=torch.channels_last)
-                logits = model(images)
+                logits = runner.logits(batch.images)
                 names = [keys[i] for i in batch.indices.tolist()] if keys else []
                 figures.update(logits, batch.targets, batch.indices, names)
             if progress is not None:
                 progress(done, len(loader))
     return figures.result()
+
+
+def _runner(model: nn.Module, precision: Precision) -> Runner:
+    """Compiling costs less than a batch, exporting to another engine more than many: there is no third."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if active_backend() == "native" and like.dtype == torch.float32:
+        with contextlib.suppress(ConfigError):
+            return Runner(model, like.device, precision=precision, backend="native")
+    return Runner(model, like.device, precision=precision, backend="torch")
 
 
 @contextlib.contextmanager

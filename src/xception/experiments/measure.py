@@ -17,9 +17,9 @@ from xception.data.loader import Loader
 from xception.data.relabel import as_label_sets, with_labels_of
 from xception.data.sources import DataSource, Split, drop_samples, open_source
 from xception.errors import DataError
-from xception.evaluation.device import usable_device
 from xception.evaluation.evaluate import TrainingData, choose_part
 from xception.evaluation.ranking import target_ranks
+from xception.ops.device import usable_device
 from xception.weights.load import load_model
 
 Floats = NDArray[np.float64]

@@ -30,13 +30,13 @@ from torch import nn
 from xception.benchmark.machine import describe as describe_machine
 from xception.benchmark.rounds import interleave, median_ratio
 from xception.data.loader import Batch
-from xception.evaluation.device import usable_device
 from xception.experiments.experiment import ScaleName
 from xception.experiments.judge import LEVEL, REPLICATES
 from xception.experiments.results import Results
 from xception.inference.compiled import compile_model
 from xception.models import registry
 from xception.models.cost import count_parameters, count_statistics
+from xception.ops.device import usable_device
 from xception.training.optimizers import build_optimizer
 from xception.training.recipe import named_recipe
 from xception.training.step import StepConfig, train_step

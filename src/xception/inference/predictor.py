@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from xception.errors import ConfigError, DataError, ImageError, XceptionError
-from xception.evaluation.device import usable_device
 from xception.inference.compiled import Engine
 from xception.inference.images import ImageInput, fitted, path_of
 from xception.inference.inputs import FailedImage, expand_inputs
 from xception.inference.precision import Precision
 from xception.inference.runner import Runner
 from xception.inference.timings import Timings
+from xception.ops.device import usable_device
 from xception.weights.bundle import BundleInfo
 from xception.weights.files import shown
 from xception.weights.load import load_model

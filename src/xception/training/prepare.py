@@ -19,9 +19,9 @@ from xception.data.preprocess import Preprocess
 from xception.data.relabel import as_label_sets
 from xception.data.sources import DataSource, Split, clean_source, drop_samples, open_source
 from xception.errors import ConfigError, DataError
-from xception.evaluation.device import usable_device
 from xception.models import registry
 from xception.ops.backend import fast_precision
+from xception.ops.device import usable_device
 from xception.training.recipe import Recipe
 from xception.weights.bundle import BundleInfo
 from xception.weights.imports import imported_info

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from xception.data.loader import Loader
-from xception.errors import DataError
+from xception.evaluation.accumulate import NoFiniteScores
 from xception.evaluation.metrics import Evaluation, evaluate_model
 from xception.training.features import FeatureLoader
 from xception.training.prepare import Plan
@@ -37,8 +37,6 @@ def evaluate_part(
         reporter.advance(loader.batch_size)
         check()
 
-    finite: list[bool] = []
-    hook = network.register_forward_hook(lambda _, __, scores: finite.append(bool(scores.isfinite().all())))
     try:
         evaluation = evaluate_model(
             network,
@@ -50,11 +48,7 @@ def evaluate_part(
             precision=plan.precision,
             progress=advance,
         )
-    except DataError as error:
-        if finite and not any(finite):
-            raise ScoresNotFinite(f"{title}: the network's scores are not finite") from error
-        raise
-    finally:
-        hook.remove()
+    except NoFiniteScores as error:
+        raise ScoresNotFinite(f"{title}: the network's scores are not finite") from error
     reporter.end()
     return evaluation
