@@ -17,7 +17,9 @@ from xception.data.loader import BadImage, Loader
 from xception.data.preprocess import Preprocess
 from xception.data.sources import open_source
 from xception.errors import TrainingError
+from xception.inference.runner import Runner
 from xception.models import registry
+from xception.ops.backend import native_available, use_backend
 from xception.training import features as features_module
 from xception.training import loop as loop_module
 from xception.training.checkpoint import checkpoints, read_checkpoint
@@ -70,30 +72,44 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda s: ",".join(s) or "plain",
 )
 def test_without_augmentation_it_is_the_run_on_images_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Weights, and the figures of training and validation."""
-    for name, cached in (("features", True), ("images", False)):
-        quick("digits", tmp_path / name, **PLAIN, epochs=1, head_epochs=1, cache_features=cached, **settings)
+    """Weights, and the figures of training and validation, where PyTorch computes both."""
+    with use_backend("reference"):
+        for name, cached in (("features", True), ("images", False)):
+            quick("digits", tmp_path / name, **PLAIN, epochs=1, head_epochs=1, cache_features=cached, **settings)
     assert_same_weights(tmp_path / "features", tmp_path / "images")
     assert metrics(tmp_path / "features") == metrics(tmp_path / "images")
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not native_available(), reason="needs the compiled extension")
+def test_features_of_the_compiled_executor_are_those_of_the_network(tmp_path: Path) -> None:
+    for choice in ("native", "reference"):
+        with use_backend(choice):
+            quick("digits", tmp_path / choice, **PLAIN, epochs=2, head_epochs=2)
+    found, expected = weights(tmp_path / "native"), weights(tmp_path / "reference")
+    assert not all(torch.equal(found[name], expected[name]) for name in found)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+    for a, b in zip(metrics(tmp_path / "native"), metrics(tmp_path / "reference"), strict=True):
+        assert (a["train_loss"], a["val_loss"]) == pytest.approx((b["train_loss"], b["val_loss"]), rel=1e-5)
 
 
 def test_the_trunk_sees_each_image_once(
     trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The recipe `head`: only the head has changed, at a rate that falls from the first epoch to the last."""
-    seen, kind = 0, type(registry.create_model("xception_small", **TINY))
-    forward_features = kind.forward_features
+    seen, pooled = 0, Runner.pooled
 
-    def counted(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def counted(self: Runner, images: torch.Tensor) -> torch.Tensor:
         nonlocal seen
-        seen += len(x)
-        return cast(torch.Tensor, forward_features(self, x))
+        seen += len(images)
+        return pooled(self, images)
 
-    monkeypatch.setattr(kind, "forward_features", counted)
+    monkeypatch.setattr(Runner, "pooled", counted)
     out = tmp_path / "run"
     options = {"recipe": "head", "weights": trunk, "model_options": None, "image_size": None, "quiet": False}
     quick("digits", out, **options, epochs=3, mixup=0.2)
-    assert seen == 1797
+    assert seen == 1437 + 180  # the test part comes to the whole network
     said = capsys.readouterr().err
     assert said.count("trunk's features") == 1
     before, after = weights(trunk), weights(out)
@@ -220,13 +236,14 @@ def test_a_signal_while_features_are_computed_is_heard_after_a_batch(
 
 
 def test_outputs_that_are_lost_come_back_the_same(tmp_path: Path) -> None:
-    """The network as a whole then gives the validation figures that its head gave on features."""
+    """The network as a whole then gives the validation figures that its head gave on features, both by PyTorch."""
     out = tmp_path / "run"
-    quick("digits", out, epochs=1, head_epochs=None, test_fraction=0)
-    kept = {name: (out / name).read_bytes() for name in ("model.safetensors", "report.html")}
-    for name in kept:
-        (out / name).unlink()
-    quick("digits", out, epochs=1, head_epochs=None, test_fraction=0, resume=True)
+    with use_backend("reference"):
+        quick("digits", out, epochs=1, head_epochs=None, test_fraction=0)
+        kept = {name: (out / name).read_bytes() for name in ("model.safetensors", "report.html")}
+        for name in kept:
+            (out / name).unlink()
+        quick("digits", out, epochs=1, head_epochs=None, test_fraction=0, resume=True)
     assert {name: (out / name).read_bytes() for name in kept} == kept
 
 

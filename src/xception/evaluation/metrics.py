@@ -14,8 +14,7 @@ from xception.errors import ConfigError
 from xception.evaluation.accumulate import Accumulator, MultiLabel, SingleLabel
 from xception.evaluation.figures import CalibrationBin, ClassFigures, Evaluation, Mistake
 from xception.inference.precision import PRECISIONS, Precision
-from xception.inference.runner import Runner
-from xception.ops.backend import active_backend
+from xception.inference.runner import Runner, runner_beside_training
 from xception.ops.device import usable_device
 
 __all__ = ["CalibrationBin", "ClassFigures", "Evaluation", "Mistake", "Precision", "evaluate_model"]
@@ -63,7 +62,7 @@ def evaluate_model(
         figures = SingleLabel(class_names, max_mistakes=max_mistakes)
     keys: Sequence[str] = getattr(getattr(loader, "split", None), "keys", ())
     with _eval_mode(model):
-        runner = runner or _runner(model, precision)
+        runner = runner or runner_beside_training(model, precision)
         for done, batch in enumerate(loader.epoch(0), start=1):
             figures.errors.extend(batch.bad)
             if len(batch.images):
@@ -73,15 +72,6 @@ def evaluate_model(
             if progress is not None:
                 progress(done, len(loader))
     return figures.result()
-
-
-def _runner(model: nn.Module, precision: Precision) -> Runner:
-    """Compiling costs less than a batch, exporting to another engine more than many: there is no third."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if active_backend() == "native" and like.dtype == torch.float32:
-        with contextlib.suppress(ConfigError):
-            return Runner(model, like.device, precision=precision, backend="native")
-    return Runner(model, like.device, precision=precision, backend="torch")
 
 
 @contextlib.contextmanager

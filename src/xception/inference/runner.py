@@ -1,20 +1,24 @@
-"""What runs a predictor's network, chosen once and named: the compiled executor, OpenVINO or PyTorch."""
+"""What runs a network that does not learn, chosen once and named: the compiled executor, OpenVINO or PyTorch."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xception.errors import ConfigError
 from xception.inference.compiled import ENGINES, CompiledModel, Engine, compile_model
+from xception.inference.embedding import pooled
 from xception.inference.precision import DTYPES, PRECISIONS, Precision
 from xception.ops import backend as machine
 
 
 class Runner:
-    """Logits of image batches, on a CPU as `compile_model` gives them, on another device from PyTorch.
+    """Logits or pooled features of image batches: on a CPU as `compile_model` gives them, elsewhere PyTorch's.
 
     `engine` says what runs, and why not the compiled executor: "native, avx512, fp32", "openvino, fp32: InceptionV3 is
     no Xception", "torch: the device is cuda". The choice is made here, once: `use_backend` and `XCEPTION_MAX_ISA` count
@@ -65,15 +69,36 @@ class Runner:
         """N C H W, normalised -> N `num_classes`, float64 on the CPU."""
         if self._compiled is not None:
             return self._compiled(images).double()
+        return self._in_torch(self._model, images).double()
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """N C H W, normalised -> the pooled features, N C, in the type that they are computed in, on the CPU."""
+        if self._compiled is not None:
+            return self._compiled(images, "pooled")
+        model: Any = self._model
+        return self._in_torch(lambda batch: pooled(model, model.forward_features(batch)), images)
+
+    def _in_torch(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         kind = self._device.type
         with (
             torch.inference_mode(),
             torch.autocast(kind, DTYPES[self._precision], enabled=self._precision != "fp32"),
         ):
-            # Depthwise convolutions are up to twice as fast with channels last (and evaluation has them so too).
-            batch = images.to(self._device, self._dtype, memory_format=torch.channels_last)
-            logits: Tensor = self._model(batch)
-            return logits.double().cpu()
+            # Depthwise convolutions are up to twice as fast with channels last.
+            return network(images.to(self._device, self._dtype, memory_format=torch.channels_last)).cpu()
+
+
+def runner_beside_training(model: nn.Module, precision: Precision) -> Runner:
+    """The compiled executor where it covers the model as it is now, on a CPU with the native backend; else the model.
+
+    For a network that is still being trained: compiling costs less than a batch, exporting to another engine more than
+    many.
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if machine.active_backend() == "native" and like.dtype == torch.float32:
+        with contextlib.suppress(ConfigError):
+            return Runner(model, like.device, precision=precision, backend="native")
+    return Runner(model, like.device, precision=precision, backend="torch")
 
 
 def _why_torch(model: nn.Module, device: torch.device, backend: Engine) -> str | None:

@@ -1,8 +1,9 @@
 """What a frozen trunk makes of each image, computed once: while only the head learns, an epoch is over in moments.
 
-An image is prepared as in evaluation and goes through the trunk exactly as there, so that it has the same features in
-every epoch: what the head's own pooling makes of the trunk's output. They are kept as N C 1 1, which pooling does not
-change, and the head runs on them as it is. Augmentation, also that of whole batches (mixup, CutMix), is left out.
+An image is prepared as in evaluation and goes through the trunk as there, on a CPU by the compiled executor, so that it
+has the same features in every epoch: what the head's own pooling makes of the trunk's output. They are kept as N C 1 1,
+which pooling does not change, and the head runs on them as it is. Augmentation, also that of whole batches (mixup,
+CutMix), is left out.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from xception.data.loader import BadImage, Batch, Loader
+from xception.inference.runner import runner_beside_training
 from xception.models.head import Classifier
 from xception.training.memory import machine_bytes
 from xception.training.optimizers import head_module
 from xception.training.prepare import Plan
-from xception.training.step import autocast, has_towers
+from xception.training.step import has_towers
 
 MAX_BYTES = 2 << 30
 
@@ -87,16 +89,15 @@ def compute_features(network: nn.Module, plan: Plan, loader: Loader, *, done: Ca
     values, known = torch.zeros(count, _width(head)), torch.zeros(count, dtype=torch.bool)
     targets = torch.zeros(count, loader.num_classes) if loader.multi_label else torch.zeros(count, dtype=torch.int64)
     bad: dict[str, BadImage] = {}
-    with torch.no_grad(), autocast(plan.precision, plan.device):
-        for batch in loader.epoch(0):
-            bad.update({image.key: image for image in batch.bad})
-            if len(batch.images):
-                images = batch.images.to(plan.device, memory_format=torch.channels_last)
-                pooled = head.pool(network.forward_features(images)).cpu()  # type: ignore[operator]
-                if not known.any():
-                    values = values.to(pooled.dtype)
-                values[batch.indices], targets[batch.indices], known[batch.indices] = pooled, batch.targets, True
-            done(batch)
+    runner = runner_beside_training(network, plan.precision)
+    for batch in loader.epoch(0):
+        bad.update({image.key: image for image in batch.bad})
+        if len(batch.images):
+            pooled = runner.pooled(batch.images)
+            if not known.any():
+                values = values.to(pooled.dtype)
+            values[batch.indices], targets[batch.indices], known[batch.indices] = pooled, batch.targets, True
+        done(batch)
     return Features(values, targets, known, bad)
 
 
