@@ -44,7 +44,7 @@ def test_nothing_to_evaluate_is_said() -> None:
 
 def test_top_1_and_top_5_are_those_of_evaluate(tmp_path: Path) -> None:
     quick: dict[str, Any] = {"epochs": 1, "image_size": 8, "batch_size": 64, "quiet": True, "model_options": TINY}
-    result = xception.train("digits", out=tmp_path / "run", **quick)
+    result = xception.train("digits", out=tmp_path / "run", precision="fp32", **quick)
     found = measure(tmp_path / "run", "digits")
     assert result.test is not None
     assert found.part == "test"

@@ -20,7 +20,7 @@ def test_ranges_and_choices() -> None:
     assert (smoothing.low, smoothing.high, smoothing.log) == (0.0, 0.2, False)
     assert warmup.whole
     assert own_point(SMALL, [rate, batch, smoothing]) == {
-        "learning_rate": 0.1,
+        "learning_rate": 0.3,
         "batch_size": 128,
         "label_smoothing": 0.1,
     }

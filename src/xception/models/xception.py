@@ -338,9 +338,8 @@ SMALL = XceptionConfig(
     num_classes=10,
     input_size=28,
     stem="small",
-    stem_stride=2,
-    stem_widths=(32, 64),
-    entry_widths=(128, 256),
+    stem_widths=(16, 32),
+    entry_widths=(48, 192),
     middle_modules=2,
     exit_widths=(384, 512),
 )
