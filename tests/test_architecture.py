@@ -23,9 +23,9 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("models",),
     ("weights",),
+    ("inference",),  # which evaluation and training run a network through that does not learn
     ("evaluation",),
     ("training",),
-    ("inference",),
     ("dense", "explain", "export", "benchmark"),
     ("serving",),
     ("experiments",),
@@ -202,7 +202,7 @@ def test_the_extension_is_taken_from_one_place_in_ops() -> None:
         ("xception.data.loader", "import importlib\nimportlib.import_module('xception.cli')"),
         ("xception.errors", "from xception.data import labels"),
         ("xception.explain", "from xception.export import onnx"),
-        ("xception.training.loop", "from xception.inference.predictor import Predictor"),
+        ("xception.inference.runner", "from xception.training.train import train"),
         ("xception.attic.old", ""),
     ],
 )

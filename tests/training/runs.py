@@ -18,10 +18,11 @@ from xception.training.checkpoint import checkpoints
 from xception.training.record import TIMINGS, TrainResult
 from xception.weights.bundle import load_bundle
 
-TINY = {"stem_widths": (4, 8), "entry_widths": (8, 12), "middle_modules": 1, "exit_widths": (16,)}
+TINY = {"stem_stride": 2, "stem_widths": (4, 8), "entry_widths": (8, 12), "middle_modules": 1, "exit_widths": (16,)}
 QUICK: dict[str, Any] = {
-    "precision": "fp32",  # whatever the machine
     "recipe": "small",
+    "precision": "fp32",  # whatever the machine
+    "learning_rate": 0.1,
     "model_options": TINY,
     "epochs": 2,
     "batch_size": 64,
@@ -55,7 +56,8 @@ def start(out: Path, *more: str, data: str = "digits") -> subprocess.Popen[bytes
     options = [f"--model-option={k}={json.dumps(v)}" for k, v in TINY.items()]
     command = [
         sys.executable, "-m", "xception", "train", data, "--recipe", "small", "--epochs", "2", "--batch-size", "64",
-        "--image-size", "8", "--seed", "7", "--precision", "fp32", "--out", str(out), "--resume", *options, *more,
+        "--image-size", "8", "--seed", "7", "--precision", "fp32",
+        "--learning-rate", "0.1", "--out", str(out), "--resume", *options, *more,
     ]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -108,7 +108,7 @@ def test_the_trunk_sees_each_image_once(
     monkeypatch.setattr(Runner, "pooled", counted)
     out = tmp_path / "run"
     options = {"recipe": "head", "weights": trunk, "model_options": None, "image_size": None, "quiet": False}
-    quick("digits", out, **options, epochs=3, mixup=0.2)
+    quick("digits", out, **options, epochs=3, mixup=0.2, learning_rate=1e-3)
     assert seen == 1437 + 180  # the test part comes to the whole network
     said = capsys.readouterr().err
     assert said.count("trunk's features") == 1
@@ -251,7 +251,8 @@ def test_outputs_that_are_lost_come_back_the_same(tmp_path: Path) -> None:
 
 
 def small_plan(**fields: Any) -> Plan:
-    recipe = override(named_recipe("small"), batch_size=64, image_size=8, seed=7, **fields)
+    own = {"batch_size": 64, "image_size": 8, "seed": 7, "precision": "fp32", "learning_rate": 0.1}
+    recipe = override(named_recipe("small"), **own, **fields)
     return prepare("digits", recipe, model_options=TINY)
 
 

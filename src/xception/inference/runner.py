@@ -69,7 +69,7 @@ class Runner:
         """N C H W, normalised -> N `num_classes`, float64 on the CPU."""
         if self._compiled is not None:
             return self._compiled(images).double()
-        return self._in_torch(self._model, images).double()
+        return self._in_torch(lambda batch: self._model(batch).double(), images)
 
     def pooled(self, images: Tensor) -> Tensor:
         """N C H W, normalised -> the pooled features, N C, in the type that they are computed in, on the CPU."""
