@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from xception.data.loader import Batch
-from xception.errors import ConfigError
 from xception.evaluation.accumulate import Accumulator, MultiLabel, SingleLabel
 from xception.evaluation.figures import CalibrationBin, ClassFigures, Evaluation, Mistake
-from xception.inference.precision import PRECISIONS, Precision
+from xception.inference.precision import Precision
 from xception.inference.runner import Runner, runner_beside_training
 from xception.ops.device import usable_device
 
@@ -49,10 +48,8 @@ def evaluate_model(
     that covers the model and the backend is native; else the model itself, under autocast for all but fp32).
     `progress` is called with (batches done, batches in all). Images that could not be read, and samples with
     NaN or infinite scores, are in `Evaluation.errors`. Raises `DataError` where no sample could be scored, and
-    `ConfigError` for a device that is not there, or where scores and `class_names` differ in number.
+    `ConfigError` for a precision or device that is not there, or where scores and `class_names` differ in number.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if device is not None:
         model.to(usable_device(device))
     figures: Accumulator
