@@ -10,7 +10,11 @@ namespace xception {
 
 namespace {
 
-constexpr std::int64_t kLargeMap = 512 << 10;  // smaller ones stay in the cache by themselves
+// Smaller maps need no chain. A chain saves their way through the third-level cache, at the price of the rows that each
+// thread computes for itself at its border (a sixth of three layers of 19 rows on two threads), and of short products: a
+// row of 19 pixels reads all weights. Where matrix units make products quick, the way counts; else the price does.
+constexpr std::int64_t kLargeMap = 4 << 20;
+constexpr std::int64_t kLargeMapBesideTiles = 512 << 10;
 constexpr int kPixelsAtATime = 300;
 constexpr std::int64_t kBandBytes = 768 << 10;  // of a second-level cache of a megabyte or two
 
@@ -61,6 +65,7 @@ void Network::find_chains(Layout& layout, int value) const {
     if (layers_[index_of(i)].residual >= 0) ++uses[index_of(layers_[index_of(i)].residual)];
   }
   const int lanes = lane_count(type_);
+  const std::int64_t large = kernels_->interleaves ? kLargeMapBesideTiles : kLargeMap;
   for (int begin = 0; begin < value;) {
     int end = begin;
     while (end + 1 < value && layout.flow_images[index_of(end)] == 0 && layout.flow_images[index_of(end + 1)] == 0 &&
@@ -69,7 +74,7 @@ void Network::find_chains(Layout& layout, int value) const {
       const Place& place = layout.places[index_of(between)];
       if (layers_[index_of(end + 1)].input != between || uses[index_of(between)] != 1) break;
       if (layers_[index_of(end)].residual >= 0) break;  // only the last one has a shortcut to add
-      if (place.height * row_bytes(place, lanes) < kLargeMap) break;
+      if (place.height * row_bytes(place, lanes) < large) break;
       ++end;
     }
     // The longest beginning whose bands fit; and then, for tiles of 16 pixels, as many rows at a time as fit.

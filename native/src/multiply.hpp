@@ -31,8 +31,14 @@ struct DotBytes {
   }
 };
 
+// The weights that are read next, so many lines of them for each line of K.
+struct Coming {
+  const std::byte* begin;
+  int lines;
+};
+
 template <class Dot, class S, int Rows, int Columns>
-inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* weights, int channel) {
+inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* weights, int channel, const Coming& coming) {
   typename Dot::Sum sums[Rows][Columns];
   for (int c = 0; c < Columns; ++c) {
     const auto begin = Dot::begin(a, channel + c * kGroup);
@@ -49,7 +55,9 @@ inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* wei
     weights += 2 * kLineBytes;  // a panel is two vectors wide
   };
   int done = 0;
+  const std::byte* fetched = coming.begin;
   for (; done + steps_per_line <= steps; done += steps_per_line) {
+    for (int i = 0; i < coming.lines; ++i, fetched += kLineBytes) __builtin_prefetch(fetched, 0, 2);
     for (int s = 0; s < steps_per_line; ++s) step(matrix + s * 4);
     matrix += a.matrix_block;
   }
@@ -70,12 +78,13 @@ inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* wei
 }
 
 template <class Dot, class S, int Rows>
-inline void multiply_rows(const MultiplyArgs& a, int rows, int pixel, const std::byte* weights, int channel) {
+inline void multiply_rows(const MultiplyArgs& a, int rows, int pixel, const std::byte* weights, int channel,
+                          const Coming& coming) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      multiply_tile<Dot, S, Rows, kColumns>(a, pixel, weights, channel);
+      multiply_tile<Dot, S, Rows, kColumns>(a, pixel, weights, channel, coming);
     else
-      multiply_rows<Dot, S, Rows - 1>(a, rows, pixel, weights, channel);
+      multiply_rows<Dot, S, Rows - 1>(a, rows, pixel, weights, channel, coming);
   }
 }
 
@@ -83,15 +92,21 @@ template <class Dot, class S>
 void multiply(const MultiplyArgs& a) {
   // Tiles of nearly equal height: 76 pixels are 6 of 12 or 13, not 5 of 14 and one of 6.
   const int tiles = (a.pixels + kRows - 1) / kRows;
+  constexpr int kHalves = 2 / kColumns;
+  const int lines = (a.depth + Dot::kPerStep - 1) / Dot::kPerStep / (kLineBytes / 4);  // whole ones, of K, a tile
+  const std::int64_t turns = static_cast<std::int64_t>(tiles) * kHalves * lines;
   for (int p = a.first_panel; p < a.first_panel + a.panels; ++p) {
     const std::byte* panel = a.weights + p * a.panel_bytes;
+    const std::byte* ahead = p + 1 < a.first_panel + a.panels ? panel + a.panel_bytes : a.next_weights;
+    const int each = ahead == nullptr || turns == 0 ? 0 : static_cast<int>((a.panel_bytes / kLineBytes + turns - 1) / turns);
     for (int half = 0; half < 2; half += kColumns) {
       const std::byte* weights = panel + half * kLineBytes;
       const int channel = p * kPanel + half * kGroup;
       for (int t = 0; t < tiles; ++t) {
         const int begin = static_cast<int>(static_cast<std::int64_t>(a.pixels) * t / tiles);
         const int end = static_cast<int>(static_cast<std::int64_t>(a.pixels) * (t + 1) / tiles);
-        multiply_rows<Dot, S, kRows>(a, end - begin, begin, weights, channel);
+        multiply_rows<Dot, S, kRows>(a, end - begin, begin, weights, channel, {ahead, each});
+        if (each > 0) ahead += std::int64_t{each} * lines * kLineBytes;
       }
     }
   }
