@@ -38,20 +38,22 @@ struct Coming {
 };
 
 template <class Dot, class S, int Rows, int Columns>
-inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* weights, int channel, const Coming& coming) {
+[[gnu::flatten]] inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* weights, int channel,
+                                           const Coming& coming) {
   typename Dot::Sum sums[Rows][Columns];
-  for (int c = 0; c < Columns; ++c) {
+  each<Columns>([&](auto c) {
     const auto begin = Dot::begin(a, channel + c * kGroup);
-    for (int r = 0; r < Rows; ++r) sums[r][c] = begin;
-  }
+    each<Rows>([&](auto r) { sums[r][c] = begin; });
+  });
   constexpr int steps_per_line = kLineBytes / 4;
   const int steps = (a.depth + Dot::kPerStep - 1) / Dot::kPerStep;
   const std::byte* matrix = a.matrix + static_cast<std::int64_t>(pixel) * kLineBytes;
   auto step = [&](const std::byte* at) {
     decltype(Dot::weights(weights)) w[Columns];
-    for (int c = 0; c < Columns; ++c) w[c] = Dot::weights(weights + c * kLineBytes);
-    for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Columns; ++c) sums[r][c] = Dot::step(at + r * kLineBytes, w[c], sums[r][c]);
+    each<Columns>([&](auto c) { w[c] = Dot::weights(weights + c * kLineBytes); });
+    each<Rows>([&](auto r) {
+      each<Columns>([&](auto c) { sums[r][c] = Dot::step(at + r * kLineBytes, w[c], sums[r][c]); });
+    });
     weights += 2 * kLineBytes;  // a panel is two vectors wide
   };
   int done = 0;
@@ -63,18 +65,18 @@ inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* wei
   }
   for (int s = 0; done + s < steps; ++s) step(matrix + s * 4);
 
-  for (int c = 0; c < Columns; ++c) {
+  each<Columns>([&](auto c) {
     const int group = channel / kGroup + c;
     std::byte* output = a.output + group_offset<S>(group, a.output_block);
     const std::byte* residual = a.residual ? a.residual + group_offset<S>(group, a.residual_block) : nullptr;
     const int valid = a.out_channels - group * kGroup;  // infinity times a padded weight is no zero
-    for (int r = 0; r < Rows; ++r) {
+    each<Rows>([&](auto r) {
       V v = Dot::end(sums[r][c], a, channel + c * kGroup);
       if (residual) v = add(v, load(line<S>(residual, pixel + r)));
       v = activate(v, a.activation);
       store(line<S>(output, pixel + r), valid < kGroup ? first(v, valid) : v);
-    }
-  }
+    });
+  });
 }
 
 template <class Dot, class S, int Rows>
@@ -98,15 +100,16 @@ void multiply(const MultiplyArgs& a) {
   for (int p = a.first_panel; p < a.first_panel + a.panels; ++p) {
     const std::byte* panel = a.weights + p * a.panel_bytes;
     const std::byte* ahead = p + 1 < a.first_panel + a.panels ? panel + a.panel_bytes : a.next_weights;
-    const int each = ahead == nullptr || turns == 0 ? 0 : static_cast<int>((a.panel_bytes / kLineBytes + turns - 1) / turns);
+    const bool fetches = ahead != nullptr && turns > 0;
+    const int coming = fetches ? static_cast<int>((a.panel_bytes / kLineBytes + turns - 1) / turns) : 0;
     for (int half = 0; half < 2; half += kColumns) {
       const std::byte* weights = panel + half * kLineBytes;
       const int channel = p * kPanel + half * kGroup;
       for (int t = 0; t < tiles; ++t) {
         const int begin = static_cast<int>(static_cast<std::int64_t>(a.pixels) * t / tiles);
         const int end = static_cast<int>(static_cast<std::int64_t>(a.pixels) * (t + 1) / tiles);
-        multiply_rows<Dot, S, kRows>(a, end - begin, begin, weights, channel, {ahead, each});
-        if (each > 0) ahead += std::int64_t{each} * lines * kLineBytes;
+        multiply_rows<Dot, S, kRows>(a, end - begin, begin, weights, channel, {ahead, coming});
+        if (coming > 0) ahead += std::int64_t{coming} * lines * kLineBytes;
       }
     }
   }

@@ -5,13 +5,33 @@
 inline int least(int a, int b) { return a < b ? a : b; }
 inline int most(int a, int b) { return a > b ? a : b; }
 
+// A loop that is written out, whatever the compiler thinks of its length: only then does an array of vectors stay in
+// registers. The function around it is `flatten`, so that nothing of it is called.
+template <int I>
+struct Number {
+  constexpr operator int() const { return I; }
+};
+template <int Count, int I = 0, class Do>
+inline void each(Do one) {
+  if constexpr (I < Count) {
+    one(Number<I>{});
+    each<Count, I + 1>(one);
+  }
+}
+
+// Seldom wanted, and long: it is not to stand behind every sum of a tile.
+[[gnu::noinline]] inline void elu(float* numbers) {
+  for (int i = 0; i < kGroup; ++i)
+    if (!(numbers[i] > 0.0f || numbers[i] != numbers[i])) numbers[i] = ::expm1f(numbers[i]);
+}
+
 inline V activate(V x, Activation activation) {
   if (activation == Activation::relu) return relu(x);
   if (activation == Activation::elu) {
-    float v[16];
-    store(v, x);
-    for (float& e : v) e = e > 0.0f || e != e ? e : ::expm1f(e);
-    return load(static_cast<const float*>(v));
+    float numbers[kGroup];
+    store(numbers, x);
+    elu(numbers);
+    return load(static_cast<const float*>(numbers));
   }
   return x;
 }
@@ -91,25 +111,31 @@ inline V depthwise_at(const Window& w, const std::byte* const* rows, const float
 
 // `N` neighbouring output pixels of a 3x3 filter with stride 1: each input pixel is loaded once for all of them.
 template <class S, bool Relu, int N>
-inline void depthwise_3x3(const std::byte* const* rows, const V* weights, V bias, int x, V* sums) {
-  for (int i = 0; i < N; ++i) sums[i] = bias;
-  for (int ky = 0; ky < 3; ++ky) {
+[[gnu::flatten]] inline void depthwise_3x3(const std::byte* const* rows, const V* weights, V bias, int x, V* sums) {
+  V sum[N];
+  each<N>([&](auto i) { sum[i] = bias; });
+  each<3>([&](auto ky) {
     V pixels[N + 2];
-    for (int i = 0; i < N + 2; ++i) pixels[i] = tap<S, Relu>(rows[ky], x + i);
-    for (int i = 0; i < N; ++i)
-      for (int kx = 0; kx < 3; ++kx) sums[i] = fma(pixels[i + kx], weights[ky * 3 + kx], sums[i]);
-  }
+    each<N + 2>([&](auto i) { pixels[i] = tap<S, Relu>(rows[ky], x + i); });
+    each<N>([&](auto i) {
+      each<3>([&](auto kx) { sum[i] = fma(pixels[i + kx], weights[ky * 3 + kx], sum[i]); });
+    });
+  });
+  each<N>([&](auto i) { sums[i] = sum[i]; });
 }
 
 // The same for pixels, or taps, that lie apart; `x` is the first column that is read.
 template <class S, bool Relu, int N>
-inline void depthwise_3x3_apart(const Window& w, const std::byte* const* rows, const V* weights, V bias, int x,
+[[gnu::flatten]] inline void depthwise_3x3_apart(const Window& w, const std::byte* const* rows, const V* weights, V bias, int x,
                                 V* sums) {
-  for (int i = 0; i < N; ++i) sums[i] = bias;
-  for (int ky = 0; ky < 3; ++ky)
-    for (int kx = 0; kx < 3; ++kx)
-      for (int i = 0; i < N; ++i)
-        sums[i] = fma(tap<S, Relu>(rows[ky], x + i * w.stride + kx * w.dilation), weights[ky * 3 + kx], sums[i]);
+  V sum[N];
+  each<N>([&](auto i) { sum[i] = bias; });
+  each<9>([&](auto t) {
+    each<N>([&](auto i) {
+      sum[i] = fma(tap<S, Relu>(rows[t / 3], x + i * w.stride + t % 3 * w.dilation), weights[t], sum[i]);
+    });
+  });
+  each<N>([&](auto i) { sums[i] = sum[i]; });
 }
 
 template <class S, class T, bool Relu, bool Residual = false>

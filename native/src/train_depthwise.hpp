@@ -49,20 +49,22 @@ void fill(const FillArgs& a) {
 
 // `N` neighbours of a row at once, so that a pixel is loaded once for all of its windows in the row.
 template <int N>
-inline void filter_some(const float* const* rows, int x, int dilation, const V* filter, V* sums) {
-  for (int i = 0; i < N; ++i) sums[i] = zero();
-  for (int ky = 0; ky < 3; ++ky) {
-    if (dilation == 1) {
+[[gnu::flatten]] inline void filter_some(const float* const* rows, int x, int dilation, const V* filter, V* sums) {
+  V sum[N];
+  each<N>([&](auto i) { sum[i] = zero(); });
+  if (dilation == 1)
+    each<3>([&](auto ky) {
       V pixels[N + 2];
-      for (int i = 0; i < N + 2; ++i) pixels[i] = load(rows[ky] + (x + i) * kGroup);
-      for (int i = 0; i < N; ++i)
-        for (int kx = 0; kx < 3; ++kx) sums[i] = fma(pixels[i + kx], filter[ky * 3 + kx], sums[i]);
-    } else {
-      for (int i = 0; i < N; ++i)
-        for (int kx = 0; kx < 3; ++kx)
-          sums[i] = fma(load(rows[ky] + (x + i + kx * dilation) * kGroup), filter[ky * 3 + kx], sums[i]);
-    }
-  }
+      each<N + 2>([&](auto i) { pixels[i] = load(rows[ky] + (x + i) * kGroup); });
+      each<N>([&](auto i) {
+        each<3>([&](auto kx) { sum[i] = fma(pixels[i + kx], filter[ky * 3 + kx], sum[i]); });
+      });
+    });
+  else
+    each<N>([&](auto i) {
+      each<9>([&](auto t) { sum[i] = fma(load(rows[t / 3] + (x + i + t % 3 * dilation) * kGroup), filter[t], sum[i]); });
+    });
+  each<N>([&](auto i) { sums[i] = sum[i]; });
 }
 
 template <class T>
@@ -131,24 +133,24 @@ void input_gradient(const FilterBackArgs& a) {
   }
 }
 
-inline void filter_gradient(const FilterBackArgs& a) {
+[[gnu::flatten]] inline void filter_gradient(const FilterBackArgs& a) {
   const int d = a.dilation;
   const std::int64_t line = static_cast<std::int64_t>(a.width + 2 * d) * kGroup;
   V sums[kTaps];
-  for (int i = 0; i < kTaps; ++i) sums[i] = zero();
+  each<kTaps>([&](auto i) { sums[i] = zero(); });
   for (int y = 0; y < a.rows; ++y) {
     const float* gradient = a.gradient + (y + d) * line + d * kGroup;
     const float* rows[3];
     for (int k = 0; k < 3; ++k) rows[k] = a.padded + (y + k * d) * line;
     for (int x = 0; x < a.width; ++x) {
       const V g = load(gradient + x * kGroup);
-      for (int ky = 0; ky < 3; ++ky)
-        for (int kx = 0; kx < 3; ++kx)
-          sums[ky * 3 + kx] = fma(load(rows[ky] + (x + kx * d) * kGroup), g, sums[ky * 3 + kx]);
+      each<kTaps>([&](auto t) { sums[t] = fma(load(rows[t / 3] + (x + t % 3 * d) * kGroup), g, sums[t]); });
     }
   }
-  for (int i = 0; i < kTaps; ++i)
-    store(a.filter_gradient + i * kGroup, add(load(static_cast<const float*>(a.filter_gradient + i * kGroup)), sums[i]));
+  each<kTaps>([&](auto i) {
+    float* total = a.filter_gradient + i * kGroup;
+    store(total, add(load(static_cast<const float*>(total)), sums[i]));
+  });
 }
 
 template <class S>

@@ -1,22 +1,23 @@
 // The weights' gradient: a product over pixels. Included by train_kernels.hpp, inside a namespace.
 
 template <class Dot, int Rows, int Columns>
-inline void outer_tile(const std::byte* left, const std::byte* right, std::int64_t right_group, int steps, float* output,
+[[gnu::flatten]] inline void outer_tile(const std::byte* left, const std::byte* right, std::int64_t right_group, int steps, float* output,
                        std::int64_t row) {
   V sums[Rows][Columns];
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Columns; ++c) sums[r][c] = zero();
+  each<Rows>([&](auto r) { each<Columns>([&](auto c) { sums[r][c] = zero(); }); });
   for (int s = 0; s < steps; ++s) {
     V w[Columns];
-    for (int c = 0; c < Columns; ++c) w[c] = Dot::weights(right + c * right_group + s * std::int64_t{kLineBytes});
-    for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Columns; ++c) sums[r][c] = Dot::step(left + s * std::int64_t{kLineBytes} + r * 4, w[c], sums[r][c]);
+    each<Columns>([&](auto c) { w[c] = Dot::weights(right + c * right_group + s * std::int64_t{kLineBytes}); });
+    each<Rows>([&](auto r) {
+      each<Columns>([&](auto c) { sums[r][c] = Dot::step(left + s * std::int64_t{kLineBytes} + r * 4, w[c], sums[r][c]); });
+    });
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Columns; ++c) {
+  each<Rows>([&](auto r) {
+    each<Columns>([&](auto c) {
       float* out = output + r * row + c * kGroup;
       store(out, add(load(static_cast<const float*>(out)), sums[r][c]));
-    }
+    });
+  });
 }
 
 template <class Dot, int Columns>
