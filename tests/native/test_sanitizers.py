@@ -17,6 +17,7 @@ TESTS = (
     "tests/inference/test_tiles.py",
     "tests/inference/test_bytes.py",
     "tests/inference/test_compiled.py",
+    "tests/native/test_batch_norm.py",
     "tests/native/test_unit_trainer.py",
     "tests/ops/test_convolutions.py",
     "tests/ops/test_steps.py",
