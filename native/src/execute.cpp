@@ -27,13 +27,6 @@ double thread_seconds() {
 #endif
 }
 
-// Channels that a producer handles: all lanes of the matrix's lines, so that none is left unwritten. Of bytes only whole
-// panels: whatever lies behind them, a weight of zero makes it zero.
-int whole_lines(int channels, Type type) {
-  const int lanes = type == Type::u8 ? kPanel : lane_count(type);
-  return ceil_div(channels, lanes) * lanes;
-}
-
 }  // namespace
 
 void Network::reserve(Worker& worker, const Layout& layout, bool arena) {

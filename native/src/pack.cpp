@@ -84,9 +84,8 @@ void Network::pack_bytes(Layer& layer, std::span<const float> weights, std::span
 // [taps][channels] as [groups][taps][16], padded with zeros.
 void Network::pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) {
   const int taps = layer.sampling.kernel * layer.sampling.kernel, in = layer.in_channels;
-  // Whole lines of what is written.
-  const Type written = layer.kind == Kind::depthwise ? kernels_->type : kernels_->matrix_type;
-  const int groups = rounded_up(in, lane_count(written)) / kGroup;
+  const Type written = layer.kind == Kind::depthwise ? kernels_->type : matrix_type(layer);
+  const int groups = whole_lines(in, written) / kGroup;
   layer.filters = Buffer(sizeof(float) * static_cast<std::size_t>(groups * taps * kGroup));
   auto* out = reinterpret_cast<float*>(layer.filters.data());
   for (int g = 0; g < groups; ++g)

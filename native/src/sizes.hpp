@@ -17,6 +17,12 @@ constexpr int rounded_up(int value, int unit) { return ceil_div(value, unit) * u
 constexpr std::size_t index_of(int i) { return static_cast<std::size_t>(i); }
 constexpr int panels_of(int channels) { return ceil_div(channels, kPanel); }
 
+// Channels that a producer of a matrix handles, and has filters for: all lanes of the matrix's lines, so that none is left
+// unwritten. Of bytes only whole panels: whatever lies behind them, a weight of zero makes it zero.
+constexpr int whole_lines(int channels, Type type) {
+  return rounded_up(channels, type == Type::u8 ? kPanel : lane_count(type));
+}
+
 // Blocks of lines whose distance is a multiple of a page would fight for the same cache sets.
 constexpr std::int64_t spread(std::int64_t bytes) { return bytes % 1024 == 0 ? bytes + kLineBytes : bytes; }
 
