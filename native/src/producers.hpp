@@ -126,8 +126,8 @@ template <class S, bool Relu, int N>
 
 // The same for pixels, or taps, that lie apart; `x` is the first column that is read.
 template <class S, bool Relu, int N>
-[[gnu::flatten]] inline void depthwise_3x3_apart(const Window& w, const std::byte* const* rows, const V* weights, V bias, int x,
-                                V* sums) {
+[[gnu::flatten]] inline void depthwise_3x3_apart(const Window& w, const std::byte* const* rows, const V* weights,
+                                                 V bias, int x, V* sums) {
   V sum[N];
   each<N>([&](auto i) { sum[i] = bias; });
   each<9>([&](auto t) {

@@ -24,14 +24,16 @@ template <int T>
 inline void tile_zero() {
   __builtin_memset(&tiles[T], 0, sizeof(Tile));
 }
+// The thread's tiles are looked up once in each operation: under AddressSanitizer every look is a call.
 template <int T>
 inline void tile_load(const void* p, std::int64_t stride) {
-  for (int r = 0; r < 16; ++r)
-    __builtin_memcpy(tiles[T].bytes[r], static_cast<const char*>(p) + r * stride, 64);
+  Tile& tile = tiles[T];
+  for (int r = 0; r < 16; ++r) __builtin_memcpy(tile.bytes[r], static_cast<const char*>(p) + r * stride, 64);
 }
 template <int T>
 inline void tile_store(void* p, std::int64_t stride) {
-  for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(p) + r * stride, tiles[T].bytes[r], 64);
+  const Tile& tile = tiles[T];
+  for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(p) + r * stride, tile.bytes[r], 64);
 }
 // The first and the second of 16 pairs.
 inline void widen_pairs(const bf16*, __m512i pairs, __m512* out) {
@@ -43,43 +45,45 @@ inline void widen_pairs(const f16*, __m512i pairs, __m512* out) {
   out[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
 }
 template <class Half>
-inline void tile_dot_of(int c, int a, int b) {
+inline void tile_dot_of(Tile& sums, const Tile& pixels, const Tile& weights) {
   const unsigned flags = _mm_getcsr();  // which the instructions leave alone
   const Half* kind = nullptr;
   __m512 right[16][2];
-  for (int k = 0; k < 16; ++k) widen_pairs(kind, _mm512_load_si512(tiles[b].bytes[k]), right[k]);
+  for (int k = 0; k < 16; ++k) widen_pairs(kind, _mm512_load_si512(weights.bytes[k]), right[k]);
   for (int m = 0; m < 16; ++m) {
     __m512 left[2];
-    widen_pairs(kind, _mm512_load_si512(tiles[a].bytes[m]), left);
+    widen_pairs(kind, _mm512_load_si512(pixels.bytes[m]), left);
     float factors[2][16];
     for (int j = 0; j < 2; ++j) _mm512_storeu_ps(factors[j], left[j]);
-    __m512 sum = _mm512_load_ps(tiles[c].bytes[m]);
+    __m512 sum = _mm512_load_ps(sums.bytes[m]);
     for (int k = 0; k < 16; ++k)
       for (int j = 0; j < 2; ++j) sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[j][k]), right[k][j], sum);
-    _mm512_store_ps(reinterpret_cast<float*>(tiles[c].bytes[m]), sum);
+    _mm512_store_ps(reinterpret_cast<float*>(sums.bytes[m]), sum);
   }
   _mm_setcsr(flags);
 }
 template <int C, int A, int B>
 inline void tile_dot_bf16() {
-  tile_dot_of<bf16>(C, A, B);
+  tile_dot_of<bf16>(tiles[C], tiles[A], tiles[B]);
 }
 template <int C, int A, int B>
 inline void tile_dot_f16() {
-  tile_dot_of<f16>(C, A, B);
+  tile_dot_of<f16>(tiles[C], tiles[A], tiles[B]);
 }
 
 // Unsigned times signed.
 template <int C, int A, int B>
 inline void tile_dot_u8() {
+  Tile& output = tiles[C];
+  const Tile &pixels = tiles[A], &weights = tiles[B];
   for (int m = 0; m < 16; ++m) {
     std::int32_t sums[16];
-    __builtin_memcpy(sums, tiles[C].bytes[m], sizeof sums);
+    __builtin_memcpy(sums, output.bytes[m], sizeof sums);
     for (int k = 0; k < 16; ++k)
       for (int n = 0; n < 16; ++n)
         for (int j = 0; j < 4; ++j)
-          sums[n] += tiles[A].bytes[m][4 * k + j] * static_cast<std::int8_t>(tiles[B].bytes[k][4 * n + j]);
-    __builtin_memcpy(tiles[C].bytes[m], sums, sizeof sums);
+          sums[n] += pixels.bytes[m][4 * k + j] * static_cast<std::int8_t>(weights.bytes[k][4 * n + j]);
+    __builtin_memcpy(output.bytes[m], sums, sizeof sums);
   }
 }
 

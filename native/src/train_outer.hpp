@@ -1,15 +1,16 @@
 // The weights' gradient: a product over pixels. Included by train_kernels.hpp, inside a namespace.
 
 template <class Dot, int Rows, int Columns>
-[[gnu::flatten]] inline void outer_tile(const std::byte* left, const std::byte* right, std::int64_t right_group, int steps, float* output,
-                       std::int64_t row) {
+[[gnu::flatten]] inline void outer_tile(const std::byte* left, const std::byte* right, std::int64_t right_group,
+                                        int steps, float* output, std::int64_t row) {
   V sums[Rows][Columns];
   each<Rows>([&](auto r) { each<Columns>([&](auto c) { sums[r][c] = zero(); }); });
   for (int s = 0; s < steps; ++s) {
     V w[Columns];
     each<Columns>([&](auto c) { w[c] = Dot::weights(right + c * right_group + s * std::int64_t{kLineBytes}); });
+    const std::byte* at = left + s * std::int64_t{kLineBytes};
     each<Rows>([&](auto r) {
-      each<Columns>([&](auto c) { sums[r][c] = Dot::step(left + s * std::int64_t{kLineBytes} + r * 4, w[c], sums[r][c]); });
+      each<Columns>([&](auto c) { sums[r][c] = Dot::step(at + r * 4, w[c], sums[r][c]); });
     });
   }
   each<Rows>([&](auto r) {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 from xception.errors import ConfigError
 from xception.ops import backend, reference, separable
@@ -112,11 +112,11 @@ def test_the_operators_are_sound() -> None:
     x, depthwise, pointwise = torch.randn(2, 8, 9, 7), torch.randn(8, 1, 3, 3), torch.randn(5, 8, 1, 1)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (x, depthwise, pointwise, None, None, 2, -1, 1, "depthwise_pointwise", True, "none", "relu")
-    torch.library.opcheck(torch.ops.xception.separable_conv2d.default, arguments, test_utils=tests)
+    library.opcheck(torch.ops.xception.separable_conv2d.default, arguments, test_utils=tests)
     arguments = (x, depthwise, pointwise, torch.randn(5), torch.randn(2, 5, 9, 7), 1, 1, 1, "depthwise_pointwise")
     arguments += (False, "elu", "none")
-    torch.library.opcheck(torch.ops.xception.separable_conv2d.default, arguments, test_utils=tests)
-    torch.library.opcheck(torch.ops.xception.depthwise_conv2d.default, (x, depthwise, None, 1, 0, 2), test_utils=tests)
+    library.opcheck(torch.ops.xception.separable_conv2d.default, arguments, test_utils=tests)
+    library.opcheck(torch.ops.xception.depthwise_conv2d.default, (x, depthwise, None, 1, 0, 2), test_utils=tests)
 
 
 def test_compiled_graphs_see_one_node() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from xception.errors import ConfigError
 from xception.ops import backend, reference
@@ -113,7 +113,7 @@ def _word(padding: int) -> Padding:
 # ---------------------------------------------------------------------------------------------- the operators
 
 
-@torch.library.custom_op("xception::depthwise_conv2d", mutates_args=())
+@library.custom_op("xception::depthwise_conv2d", mutates_args=())
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
     one_each = x.dim() == 4 and len(weight) == x.shape[1]
     if one_each and _is_native(x, weight, bias) and _has_kernels(x, weight, stride, padding, dilation):
@@ -127,7 +127,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padd
     return y.contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("xception::separable_conv2d", mutates_args=())
+@library.custom_op("xception::separable_conv2d", mutates_args=())
 def _separable(
     x: Tensor,
     depthwise: Tensor,
