@@ -11,21 +11,6 @@ inline int lanes_of(const Pixels& p, int group) {
   return left < 0 ? 0 : left < kGroup ? left : kGroup;
 }
 
-// The first lanes of a vector, where behind them is somebody else's memory.
-template <class S>
-inline V load_some(const S* p, int lanes) {
-  if (lanes == kGroup) return load(p);
-  S copy[kGroup] = {};
-  for (int i = 0; i < lanes; ++i) copy[i] = p[i];
-  return load(static_cast<const S*>(copy));
-}
-template <class S>
-inline void store_some(S* p, V v, int lanes) {
-  if (lanes == kGroup) return store(p, v);
-  S copy[kGroup];
-  store(copy, v);
-  for (int i = 0; i < lanes; ++i) p[i] = copy[i];
-}
 inline V load_or_zero(const float* p, int group) { return p == nullptr ? zero() : load(p + group * kGroup); }
 
 // A map that is added to another one, as it is or normalised.

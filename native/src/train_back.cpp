@@ -123,11 +123,11 @@ void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, c
   const std::int64_t row_bytes = static_cast<std::int64_t>(shape.width + 2 * pad) * kLineBytes;
   const auto most_rows = static_cast<int>(std::clamp<std::int64_t>(kPaddedBytes / row_bytes - 2 * pad, 1, shape.height));
   const int bands = ceil_div(shape.height, most_rows);
-  FilterBackArgs back{.padded = floats(worker.padded), .gradient = floats(worker.padded_gradient), .width = shape.width,
-                      .dilation = pad, .relu = load.relu,
+  FilterBackArgs back{.input = input, .scale = load.scale, .shift = load.shift, .relu = load.relu,
+                      .gradient = floats(worker.padded_gradient), .width = shape.width, .dilation = pad,
                       .output = pixels_of({args.input_gradient, unit.input.blocked}, unit.in_channels, shape.pixels()),
-                      .residual = channels_last(args.residual, unit.in_channels), .mean = mean};
-  if (args.in_mean != nullptr) back.z = input;
+                      .residual = channels_last(args.residual, unit.in_channels),
+                      .mean = args.in_mean == nullptr ? nullptr : mean};
   // Groups whose numbers share cache lines one after the other, for a band.
   const int groups = ceil_div(unit.in_channels, kGroup), beside = lane_count(type_) / kGroup;
   const int pieces = images * bands;
@@ -136,16 +136,9 @@ void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, c
       for (int g = first; g < std::min(first + beside, groups); ++g) {
         const int i = piece / bands, band = piece % bands;
         const Range rows = share(shape.height, band, bands);
-        FillArgs fill{.input = input, .group = g, .height = shape.height, .width = shape.width, .pad = pad,
-                      .first_row = rows.begin, .rows = rows.end - rows.begin, .scale = load.scale, .shift = load.shift,
-                      .relu = load.relu, .padded = floats(worker.padded)};
-        fill.first_pixel = (first_image + i) * shape.image_pixels();
-        train_->fill(fill);
-        fill.input = gradient;
+        FillArgs fill{.input = gradient, .group = g, .height = shape.height, .width = shape.width, .pad = pad,
+                      .first_row = rows.begin, .rows = rows.end - rows.begin, .padded = floats(worker.padded_gradient)};
         fill.first_pixel = i * shape.image_pixels();
-        fill.scale = fill.shift = nullptr;
-        fill.relu = false;
-        fill.padded = floats(worker.padded_gradient);
         train_->fill(fill);
         back.group = g;
         back.rows = rows.end - rows.begin;

@@ -1,7 +1,7 @@
 // The depthwise convolution: filled with zeros around, forward, backward.
 // Included by train_kernels.hpp, inside a namespace.
 
-inline constexpr int kAhead = 24;  // pixels: maps come from memory
+inline constexpr int kAhead = 48;  // pixels: maps come from memory
 
 template <class S, bool Normalise, bool Relu, bool Whole>
 inline void fill_row(const FillArgs& a, const std::byte* from, float* to, int lanes, V scale, V shift) {
@@ -91,74 +91,90 @@ void filter_rows(const FilterArgs& a) {
 
 // ----------------------------------------------------------------------------------------------------- backward
 
-template <class S, bool Relu, bool Sums>
-void input_gradient(const FilterBackArgs& a) {
-  V filter[kTaps];  // turned by 180 degrees
-  for (int i = 0; i < kTaps; ++i) filter[i] = load(a.filter + (kTaps - 1 - i) * kGroup);
-  const int d = a.dilation, lanes = lanes_of(a.output, a.group);
+// The gradient of the input and that of the filter in one pass: both are sums over the windows of the gradient, whose
+// numbers are loaded once for `N` neighbours of a row. `Near` is a dilation of 1.
+template <class S, bool Relu, bool Sums, bool Near>
+[[gnu::flatten]] void filter_back_rows(const FilterBackArgs& a) {
+  V filter[kTaps], of_filter[kTaps];  // by the tap of the gradient's window: turned by 180 degrees
+  each<kTaps>([&](auto t) {
+    filter[t] = load(a.filter + (kTaps - 1 - t) * kGroup);
+    of_filter[t] = zero();
+  });
+  const bool wanted = there(a.output);
+  const int d = a.dilation, lanes = lanes_of(a.input, a.group);
   const std::int64_t line = static_cast<std::int64_t>(a.width + 2 * d) * kGroup;
-  const V mean = Sums ? load_or_zero(a.mean, a.group) : zero();
+  const V scale = a.scale != nullptr ? load(a.scale + a.group * kGroup) : set1(1.0f);
+  const V shift = load_or_zero(a.shift, a.group), mean = Sums ? load(a.mean + a.group * kGroup) : zero();
   V sum = zero(), product = zero();
   for (int y = 0; y < a.rows; ++y) {
     const float* rows[3];
     for (int k = 0; k < 3; ++k) rows[k] = a.gradient + (y + k * d) * line;
-    const float* input = a.padded + (y + d) * line + d * kGroup;
     const std::int64_t pixel = a.first_pixel + static_cast<std::int64_t>(y) * a.width;
-    std::byte* out = group_at(a.output, a.group, pixel, sizeof(S));
+    const std::byte* in = group_at(a.input, a.group, pixel, sizeof(S));
+    std::byte* out = wanted ? group_at(a.output, a.group, pixel, sizeof(S)) : nullptr;
     const std::byte* residual = there(a.residual) ? group_at(a.residual, a.group, pixel, sizeof(S)) : nullptr;
-    const std::byte* z = Sums ? group_at(a.z, a.group, pixel, sizeof(S)) : nullptr;
-    auto put = [&](int x, V v) {
-      if constexpr (Relu) v = select_greater(load(input + x * kGroup), zero(), v, zero());
-      if (residual != nullptr) v = add(v, load_some(reinterpret_cast<const S*>(residual + x * a.residual.pixel), lanes));
-      if constexpr (Sums) {
-        sum = add(sum, v);
-        product = fma(v, sub(load(reinterpret_cast<const S*>(z + x * a.z.pixel)), mean), product);
-      }
-      store_some(reinterpret_cast<S*>(out + x * a.output.pixel), v, lanes);
+    auto some = [&](auto n, int x) {
+      constexpr int N = n;
+      V z[N], value[N], back[N];
+      each<N>([&](auto i) {
+        const std::int64_t ahead = x + i + kAhead;
+        __builtin_prefetch(in + ahead * a.input.pixel);
+        if (wanted) __builtin_prefetch(out + ahead * a.output.pixel, 1);
+        if (residual != nullptr) __builtin_prefetch(residual + ahead * a.residual.pixel);
+        z[i] = load_some(reinterpret_cast<const S*>(in + (x + i) * a.input.pixel), lanes);
+        value[i] = fma(z[i], scale, shift);
+        if constexpr (Relu) value[i] = relu(value[i]);
+        back[i] = zero();
+      });
+      each<3>([&](auto ky) {
+        V g[Near ? N + 2 : 3 * N];
+        each<(Near ? N + 2 : 3 * N)>([&](auto i) {
+          g[i] = load(rows[ky] + (Near ? x + i : x + i / 3 + i % 3 * d) * kGroup);
+        });
+        each<N>([&](auto i) {
+          each<3>([&](auto kx) {
+            const V at = g[Near ? i + kx : 3 * i + kx];
+            back[i] = fma(at, filter[ky * 3 + kx], back[i]);
+            of_filter[ky * 3 + kx] = fma(at, value[i], of_filter[ky * 3 + kx]);
+          });
+        });
+      });
+      if (!wanted) return;
+      each<N>([&](auto i) {
+        V v = back[i];
+        if constexpr (Relu) v = select_greater(value[i], zero(), v, zero());
+        if (residual != nullptr)
+          v = add(v, load_some(reinterpret_cast<const S*>(residual + (x + i) * a.residual.pixel), lanes));
+        if constexpr (Sums) {
+          sum = add(sum, v);
+          product = fma(v, sub(z[i], mean), product);
+        }
+        store_some(reinterpret_cast<S*>(out + (x + i) * a.output.pixel), v, lanes);
+      });
     };
     int x = 0;
-    V sums[4];
-    for (; x + 4 <= a.width; x += 4) {
-      filter_some<4>(rows, x, d, filter, sums);
-      for (int i = 0; i < 4; ++i) put(x + i, sums[i]);
-    }
-    for (; x < a.width; ++x) {
-      filter_some<1>(rows, x, d, filter, sums);
-      put(x, sums[0]);
-    }
+    for (; x + 2 <= a.width; x += 2) some(Number<2>{}, x);
+    if (x < a.width) some(Number<1>{}, x);
   }
+  each<kTaps>([&](auto t) {
+    float* total = a.filter_gradient + (kTaps - 1 - t) * kGroup;
+    store(total, add(load(static_cast<const float*>(total)), of_filter[t]));
+  });
   if constexpr (Sums) {
     store(a.sums, add(load(static_cast<const float*>(a.sums)), sum));
     store(a.sums + kGroup, add(load(static_cast<const float*>(a.sums + kGroup)), product));
   }
 }
 
-[[gnu::flatten]] inline void filter_gradient(const FilterBackArgs& a) {
-  const int d = a.dilation;
-  const std::int64_t line = static_cast<std::int64_t>(a.width + 2 * d) * kGroup;
-  V sums[kTaps];
-  each<kTaps>([&](auto i) { sums[i] = zero(); });
-  for (int y = 0; y < a.rows; ++y) {
-    const float* gradient = a.gradient + (y + d) * line + d * kGroup;
-    const float* rows[3];
-    for (int k = 0; k < 3; ++k) rows[k] = a.padded + (y + k * d) * line;
-    for (int x = 0; x < a.width; ++x) {
-      const V g = load(gradient + x * kGroup);
-      each<kTaps>([&](auto t) { sums[t] = fma(load(rows[t / 3] + (x + t % 3 * d) * kGroup), g, sums[t]); });
-    }
-  }
-  each<kTaps>([&](auto i) {
-    float* total = a.filter_gradient + i * kGroup;
-    store(total, add(load(static_cast<const float*>(total)), sums[i]));
-  });
+template <class S, bool Relu, bool Sums>
+void filter_back_by(const FilterBackArgs& a) {
+  a.dilation == 1 ? filter_back_rows<S, Relu, Sums, true>(a) : filter_back_rows<S, Relu, Sums, false>(a);
 }
 
 template <class S>
 void filter_back(const FilterBackArgs& a) {
-  filter_gradient(a);
-  if (!there(a.output)) return;
-  if (there(a.z))
-    a.relu ? input_gradient<S, true, true>(a) : input_gradient<S, false, true>(a);
+  if (a.mean != nullptr)
+    a.relu ? filter_back_by<S, true, true>(a) : filter_back_by<S, false, true>(a);
   else
-    a.relu ? input_gradient<S, true, false>(a) : input_gradient<S, false, false>(a);
+    a.relu ? filter_back_by<S, true, false>(a) : filter_back_by<S, false, false>(a);
 }

@@ -43,22 +43,23 @@ struct FilterArgs {
   std::int64_t first_pixel = 0;
 };
 
-// Backward through the depthwise convolution: from `gradient`, padded as the input is, to the input's gradient and the
+// Backward through the depthwise convolution: from the output's gradient, a padded map, to the input's gradient and the
 // filter's, which is added to; and sums for the normalisation before it.
 struct FilterBackArgs {
-  const float* padded = nullptr;    // the input
-  const float* gradient = nullptr;  // of the output
-  const float* filter = nullptr;    // [9][16]
-  int width = 0, rows = 0, dilation = 1;
+  Pixels input = {};
+  const float* scale = nullptr;  // how it is loaded, one a channel; or null: as it is
+  const float* shift = nullptr;
   bool relu = false;
-  Pixels output = {};    // not there: the input's gradient is not asked for
-  Pixels residual = {};  // added to it, if there
-  Pixels z = {};         // if there: what was normalised to the input
-  const float* mean = nullptr;
+  const float* gradient = nullptr;
+  const float* filter = nullptr;  // [9][16]
+  int width = 0, rows = 0, dilation = 1;
+  Pixels output = {};            // not there: the input's gradient is not asked for
+  Pixels residual = {};          // added to it, if there
+  const float* mean = nullptr;   // of the input, one a channel; null: no sums
   int group = 0;
   std::int64_t first_pixel = 0;
   float* filter_gradient = nullptr;  // [9][16]
-  float* sums = nullptr;             // [2][16]: of the gradient, and of gradient * (z - mean)
+  float* sums = nullptr;             // [2][16]: of the gradient, and of gradient * (input - mean)
 };
 
 // Over `pixels` pixels from `first_pixel` on, in groups [first_group, last_group).

@@ -20,30 +20,40 @@ inline void by_chunks(const MapArgs& a, int first_group, Work&& work) {
 
 inline V total(const V* sums) { return add(add(sums[0], sums[1]), add(sums[2], sums[3])); }
 
+// In one pass, since what is squared is the distance from a mean of some pixels, not from zero: what cancels is then at
+// most a small multiple of the result.
 template <class S>
 void statistics(const MapArgs& a) {
-  const V count = set1(1.0f / static_cast<float>(a.pixels));
+  constexpr int kSamples = 8;
+  const V count = set1(1.0f / static_cast<float>(a.pixels)), share = set1(1.0f / kSamples);
   const auto z_at = [&](int g) { return group_at(a.z, g, a.first_pixel, sizeof(S)); };
   for (int first = a.first_group; first < a.last_group; first += kBeside<S>) {
-    V sums[kBeside<S>][4], squares[kBeside<S>][4], mean[kBeside<S>];
-    for (int i = 0; i < kBeside<S>; ++i)
+    V sums[kBeside<S>][4], squares[kBeside<S>][4], about[kBeside<S>];
+    for (int i = 0; i < kBeside<S>; ++i) {
+      about[i] = zero();
       for (int j = 0; j < 4; ++j) sums[i][j] = squares[i][j] = zero();
-    by_chunks<S>(a, first, [&](int g, int i, int begin, int end) {
-      const std::byte* z = z_at(g);
-      for (int p = begin; p < end; ++p)
-        sums[i][p & 3] = add(sums[i][p & 3], load(reinterpret_cast<const S*>(z + p * a.z.pixel)));
-    });
-    for (int i = 0; i < kBeside<S>; ++i) mean[i] = mul(total(sums[i]), count);
-    by_chunks<S>(a, first, [&](int g, int i, int begin, int end) {
-      const std::byte* z = z_at(g);
-      for (int p = begin; p < end; ++p) {
-        const V distance = sub(load(reinterpret_cast<const S*>(z + p * a.z.pixel)), mean[i]);
-        squares[i][p & 3] = fma(distance, distance, squares[i][p & 3]);
+    }
+    for (int s = 0; s < kSamples; ++s)
+      for (int i = 0; i < kBeside<S> && first + i < a.last_group; ++i) {
+        const std::int64_t p = static_cast<std::int64_t>(a.pixels) * s / kSamples;
+        about[i] = fma(load(reinterpret_cast<const S*>(z_at(first + i) + p * a.z.pixel)), share, about[i]);
       }
+    by_chunks<S>(a, first, [&](int g, int i, int begin, int end) {
+      const std::byte* z = z_at(g);
+      const auto one = [&](int p, int j) {
+        const V distance = sub(load(reinterpret_cast<const S*>(z + p * a.z.pixel)), about[i]);
+        sums[i][j] = add(sums[i][j], distance);
+        squares[i][j] = fma(distance, distance, squares[i][j]);
+      };
+      int p = begin;
+      for (; p + 4 <= end; p += 4)
+        for (int j = 0; j < 4; ++j) one(p + j, j);
+      for (; p < end; ++p) one(p, 0);
     });
     for (int i = 0; i < kBeside<S> && first + i < a.last_group; ++i) {
-      store(a.sums + (first + i) * kGroup, total(sums[i]));
-      store(a.sums + a.stride + (first + i) * kGroup, total(squares[i]));
+      const V sum = total(sums[i]), distance = mul(sum, count);
+      store(a.sums + (first + i) * kGroup, fma(about[i], set1(static_cast<float>(a.pixels)), sum));
+      store(a.sums + a.stride + (first + i) * kGroup, sub(total(squares[i]), mul(distance, sum)));
     }
   }
 }

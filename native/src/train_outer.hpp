@@ -37,12 +37,16 @@ inline void outer_columns(const OuterArgs& a, int begin, int steps, int right_gr
   }
 }
 
-// Some steps at a time, so that the right side's lines stay in the first-level cache for all of the left side.
+// Some steps at a time, about as many each time. Few: the right side's lines stay in the first-level cache for all of the
+// left side. Many: the sums, which lie behind the second-level cache, come and go less often; they count for more where
+// a step is one pixel's.
 template <class Dot>
 void outer(const OuterArgs& a) {
-  constexpr int kSteps = 128;
-  for (int begin = 0; begin < a.steps; begin += kSteps) {
-    const int steps = least(kSteps, a.steps - begin);
+  constexpr int kSteps = Dot::kPerStep == 1 ? 384 : 128;
+  const int parts = (a.steps + kSteps - 1) / kSteps;
+  for (int part = 0; part < parts; ++part) {
+    const int begin = static_cast<int>(static_cast<std::int64_t>(a.steps) * part / parts);
+    const int steps = static_cast<int>(static_cast<std::int64_t>(a.steps) * (part + 1) / parts) - begin;
     int c = 0;
     for (; c + kOuterColumns <= a.right_groups; c += kOuterColumns) outer_columns<Dot, kOuterColumns>(a, begin, steps, c);
     for (; c < a.right_groups; ++c) outer_columns<Dot, 1>(a, begin, steps, c);

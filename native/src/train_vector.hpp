@@ -5,6 +5,20 @@ namespace xception::XCEPTION_LEVEL {
 
 #if defined(__AVX512F__)
 
+// The first lanes of a vector, where behind them is somebody else's memory.
+inline __mmask16 lane_mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1u); }
+inline V load_some(const float* p, int lanes) { return {_mm512_maskz_loadu_ps(lane_mask(lanes), p)}; }
+inline V load_some(const bf16* p, int lanes) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(lane_mask(lanes), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline void store_some(float* p, V v, int lanes) { _mm512_mask_storeu_ps(p, lane_mask(lanes), v.a); }
+inline void store_some(bf16* p, V v, int lanes) {
+  bf16 copy[16];
+  store(copy, v);
+  _mm256_mask_storeu_epi16(p, lane_mask(lanes), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(copy)));
+}
+
 inline V sub(V x, V y) { return {_mm512_sub_ps(x.a, y.a)}; }
 // x > y ? yes : no, a lane; and `no` where one is NaN.
 inline V select_greater(V x, V y, V yes, V no) {
@@ -56,6 +70,22 @@ inline void transpose_16x16(const std::uint32_t* from, std::uint32_t* to) {
 inline constexpr int kOuterRows = 8, kOuterColumns = 3;
 
 #else
+
+// The first lanes of a vector, where behind them is somebody else's memory.
+template <class S>
+inline V load_some(const S* p, int lanes) {
+  if (lanes == 16) return load(p);
+  S copy[16] = {};
+  for (int i = 0; i < lanes; ++i) copy[i] = p[i];
+  return load(static_cast<const S*>(copy));
+}
+template <class S>
+inline void store_some(S* p, V v, int lanes) {
+  if (lanes == 16) return store(p, v);
+  S copy[16];
+  store(copy, v);
+  for (int i = 0; i < lanes; ++i) p[i] = copy[i];
+}
 
 inline void pair_lines(const std::uint16_t* lines, bool second, std::uint16_t* low, std::uint16_t* high) {
   for (int i = 0; i < 32; ++i) {
