@@ -81,6 +81,38 @@ inline void pool_back_row(const PoolTrainArgs& a, int y, const std::byte* gradie
   }
 }
 
+// The same for a pool of stride 2: each window's numbers are loaded once for its three columns, the last of which is the
+// next window's first.
+template <class S>
+inline void pool_back_row_by_two(const PoolTrainArgs& a, int y, const std::byte* gradient, const std::uint8_t* winners,
+                                 int lanes, std::byte* out) {
+  const Window& w = a.window;
+  const Readers ys(y, w.pad_top, w.out_height, w.stride, w.dilation);
+  const auto put = [&](int x, V v) {
+    if (x >= 0 && x < w.in_width) store(reinterpret_cast<S*>(out + x * a.output.pixel), v);
+  };
+  V carried = zero();
+  for (int ox = 0; ox < w.out_width; ++ox) {
+    V first = carried, second = zero(), third = zero();
+    for (int i = 0; i < ys.count; ++i) {
+      const std::int64_t pixel = static_cast<std::int64_t>(ys.window[i]) * w.out_width + ox;
+      const V v = load_some(reinterpret_cast<const S*>(gradient + pixel * a.gradient.pixel), lanes);
+      const std::uint8_t* winner = winners + pixel * kGroup;
+      const int tap = ys.tap[i] * 3;
+      first = add(first, where_byte(winner, tap, v));
+      second = add(second, where_byte(winner, tap + 1, v));
+      third = add(third, where_byte(winner, tap + 2, v));
+    }
+    const int x = 2 * ox - w.pad_left;
+    put(x, first);
+    put(x + 1, second);
+    carried = third;
+  }
+  int x = 2 * w.out_width - w.pad_left;
+  put(x, carried);
+  for (x = most(x + 1, 0); x < w.in_width; ++x) put(x, zero());
+}
+
 template <class S>
 void pool_back(const PoolTrainArgs& a) {
   const Window& w = a.window;
@@ -93,7 +125,9 @@ void pool_back(const PoolTrainArgs& a) {
         const std::uint8_t* winners = a.winners + g * a.winner_group + out_first * kGroup;
         const std::byte* gradient = group_at(a.gradient, g, out_first, sizeof(S));
         std::byte* out = group_at(a.output, g, in_first + static_cast<std::int64_t>(y) * w.in_width, sizeof(S));
-        if (lanes == kGroup)
+        if (w.stride == 2 && w.dilation == 1)
+          pool_back_row_by_two<S>(a, y, gradient, winners, lanes, out);
+        else if (lanes == kGroup)
           pool_back_row<S, true>(a, y, gradient, winners, lanes, out);
         else
           pool_back_row<S, false>(a, y, gradient, winners, lanes, out);

@@ -26,6 +26,24 @@ inline void copy_window(const WindowArgs& a, const S* map, int y0, int x0, bool 
   for (int i = 0; i < 2 * kGroup; i += kGroup) store(to + depth + i, zero());
 }
 
+inline void copy_line(const std::byte* from, std::byte* to) {
+  store(reinterpret_cast<float*>(to), from == nullptr ? zero() : load(reinterpret_cast<const float*>(from)));
+}
+
+// A window whose rows are whole lines, of the numbers' own type.
+template <class S>
+inline void copy_lines(const WindowArgs& a, const S* map, int y0, int x0, std::int64_t out_pixel) {
+  const Window& w = a.window;
+  const int channels = a.input.channels;
+  const int lines = w.kernel * channels * static_cast<int>(sizeof(S)) / kLineBytes;
+  std::byte* to = group_at(a.output, 0, out_pixel, sizeof(S));
+  for (int ky = 0; ky < w.kernel; ++ky) {
+    const auto* from = reinterpret_cast<const std::byte*>(map + (static_cast<std::int64_t>(y0 + ky) * w.in_width + x0) * channels);
+    for (int i = 0; i < lines; ++i, to += a.output.block) copy_line(from + i * kLineBytes, to);
+  }
+  for (int i = w.kernel * lines; i < a.groups / a.output.groups; ++i, to += a.output.block) copy_line(nullptr, to);
+}
+
 template <class S, class T>
 void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
   const Window& w = a.window;
@@ -40,6 +58,11 @@ void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
     // What is read behind the last run still lies in this map.
     const bool room = whole && (static_cast<std::int64_t>(y0 + w.kernel - 1) * w.in_width + x0) * channels + run + kGroup <=
                                    static_cast<std::int64_t>(w.in_height) * w.in_width * channels;
+    if constexpr (sizeof(S) == sizeof(T))
+      if (whole && run * static_cast<int>(sizeof(S)) % kLineBytes == 0) {
+        copy_lines(a, map, y0, x0, out_pixel + x);
+        continue;
+      }
     if (whole && run % kGroup == 0) {
       int g = 0;
       for (int ky = 0; ky < w.kernel; ++ky) {
@@ -90,9 +113,6 @@ inline int reader_of(int in, int k, int pad, int windows, int stride) {
 
 inline void readers(const ReaderArgs& a) {
   const Window& w = a.window;
-  const auto copy_line = [](const std::byte* from, std::byte* to) {
-    store(reinterpret_cast<float*>(to), from == nullptr ? zero() : load(reinterpret_cast<const float*>(from)));
-  };
   for (int ky = 0; ky < w.kernel; ++ky)
     for (int kx = 0; kx < w.kernel; ++kx)
       for (int b = 0; b < a.blocks; ++b) {
