@@ -122,6 +122,18 @@ def test_the_readme_is_current(name: str, kind: Kind) -> None:
     assert made == text, f"run: python -m xception.benchmark.results {name}"
 
 
+def test_the_ratio_to_inception_is_a_column_where_it_was_measured(tmp_path: Path) -> None:
+    about = {"mode": "training", "batch": 8, "peak_memory_mb": 1000.0}
+    about |= {"data_share": 0.0, "forward_share": 0.3, "backward_share": 0.6, "optimiser_share": 0.1}
+    ours = {**OURS, **about, "variant": "native", "ratio_to_inception_v3": 0.783}
+    write_lines(tmp_path / "training-a.jsonl", [MACHINE, ours, {**ours, "variant": "x", "ratio_to_inception_v3": None}])
+    rows = table(tmp_path, "training").splitlines()
+    assert rows[0].endswith("| MB | to Inception V3 |")
+    assert [row.count("|") for row in rows[:4]] == [10] * 4
+    assert rows[2].endswith("| 1,000 | 0.78 |")
+    assert rows[3].endswith("| 1,000 |  |")
+
+
 def test_training_has_a_table_of_its_own(folder: Path, tmp_path: Path) -> None:
     shares = {"data_share": 0.0104, "forward_share": 0.3, "backward_share": 0.58, "optimiser_share": 0.11}
     about = {"mode": "training", "batch": 16, "peak_memory_mb": 4321.4, **shares}

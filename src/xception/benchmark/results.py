@@ -18,6 +18,7 @@ from xception.weights.files import atomic_write
 FOLDER = Path("benchmarks", "results")
 PATTERN = "inference*.jsonl"
 BEGIN, END = "<!-- benchmark:inference -->", "<!-- /benchmark:inference -->"
+TO_INCEPTION = "ratio_to_inception_v3"
 
 Kind = Literal["inference", "training"]
 KINDS: tuple[Kind, ...] = ("inference", "training")
@@ -62,7 +63,11 @@ def table(folder: Path, kind: Kind = "inference") -> str:
     parts = []
     for path in sorted(folder.glob(pattern(kind))):
         machine, cases = read_lines(path)
-        parts.append("\n".join([*_ROW_HEADS[kind], *_rows(cases, kind)]) + f"\n\n{_caption(machine, path)}\n")
+        heads = _ROW_HEADS[kind]
+        compared = any(line.get(TO_INCEPTION) is not None for line in cases)  # as in the paper's Table 3
+        if compared:
+            heads = (f"{heads[0]} to Inception V3 |", f"{heads[1]} --- |")
+        parts.append("\n".join([*heads, *_rows(cases, kind, compared)]) + f"\n\n{_caption(machine, path)}\n")
     if not parts:
         raise ConfigError(f"{folder}: no {pattern(kind)} to make a table of")
     return "\n".join(parts)
@@ -80,7 +85,7 @@ _ROW_HEADS: dict[Kind, tuple[str, str]] = {
 }
 
 
-def _rows(cases: Sequence[Line], kind: Kind) -> list[str]:
+def _rows(cases: Sequence[Line], kind: Kind, compared: bool) -> list[str]:
     rows = []
     for line in cases:
         if line["system"] != "xception" or "error" in line or line.get("scaling"):
@@ -114,6 +119,9 @@ def _rows(cases: Sequence[Line], kind: Kind) -> list[str]:
                 ratio_text,
                 f"{line['logit_error']:.1e}",
             ]
+        if compared:
+            found = line.get(TO_INCEPTION)
+            cells.append("" if found is None else f"{found:.2f}")
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

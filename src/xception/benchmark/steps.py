@@ -40,6 +40,7 @@ def write_steps(folder: Path, batch: int, size: int) -> None:
     np.save(folder / LABELS, labels)
     with use_backend("reference"):
         np.save(folder / STEPS, _definition(model.train(), normalised(pixels), torch.from_numpy(labels)))
+    give_back()
 
 
 def normalised(pixels: NDArray[np.uint8]) -> torch.Tensor:

@@ -207,7 +207,7 @@ NAMED: dict[str, Recipe] = {
     "small": Recipe(
         name="small",
         model="xception_small",
-        epochs=12,
+        epochs=14,
         batch_size=128,
         dropout=0.1,
         polyak_decay=0.998,
