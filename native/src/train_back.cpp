@@ -8,7 +8,7 @@ namespace xception {
 
 namespace {
 
-constexpr std::int64_t kPaddedBytes = 96 << 10;  // of a padded map: there are two of them
+constexpr std::int64_t kPaddedBytes = 96 << 10;  // of a padded gradient
 // Pixels that are summed at once into the weights' gradient, which is read and written for them all.
 constexpr int kOuterPixels = 512;
 

@@ -53,7 +53,8 @@ void statistics(const MapArgs& a) {
     for (int i = 0; i < kBeside<S> && first + i < a.last_group; ++i) {
       const V sum = total(sums[i]), distance = mul(sum, count);
       store(a.sums + (first + i) * kGroup, fma(about[i], set1(static_cast<float>(a.pixels)), sum));
-      store(a.sums + a.stride + (first + i) * kGroup, sub(total(squares[i]), mul(distance, sum)));
+      const V centred = sub(total(squares[i]), mul(distance, sum));
+      store(a.sums + a.stride + (first + i) * kGroup, max(centred, zero()));  // equal numbers differ by rounding only
     }
   }
 }

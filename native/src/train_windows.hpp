@@ -58,11 +58,12 @@ void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
     // What is read behind the last run still lies in this map.
     const bool room = whole && (static_cast<std::int64_t>(y0 + w.kernel - 1) * w.in_width + x0) * channels + run + kGroup <=
                                    static_cast<std::int64_t>(w.in_height) * w.in_width * channels;
-    if constexpr (sizeof(S) == sizeof(T))
+    if constexpr (sizeof(S) == sizeof(T)) {
       if (whole && run * static_cast<int>(sizeof(S)) % kLineBytes == 0) {
         copy_lines(a, map, y0, x0, out_pixel + x);
         continue;
       }
+    }
     if (whole && run % kGroup == 0) {
       int g = 0;
       for (int ky = 0; ky < w.kernel; ++ky) {
