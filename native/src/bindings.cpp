@@ -8,6 +8,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 
@@ -23,7 +24,7 @@ namespace {
 
 // Raised with every change of this module's interface. xception/ops/backend.py expects the same number, so
 // that an extension left over from an earlier editable install is noticed instead of misused.
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 nb::dict to_dict(const xception::CpuFeatures& features) {
   nb::dict out;
@@ -316,6 +317,20 @@ NB_MODULE(_native, m) {
   m.def(
       "cpu_features", [] { return to_dict(xception::cpu_features()); },
       "The instruction sets this process may use, weakest first: {name: usable}.");
+  m.def(
+      "assume_features",
+      [](const std::vector<std::string>& names) {
+        xception::CpuFeatures features = xception::cpu_features();
+        for (const std::string& name : names) {
+          const auto found = std::ranges::find(xception::kFeatures, name, &xception::NamedFeature::name);
+          if (found == xception::kFeatures.end()) throw std::invalid_argument("no instruction set is called '" + name + "'");
+          features.*(found->member) = true;
+        }
+        xception::assume_features(features);
+      },
+      "names"_a,
+      "Count these as usable too. For tests that trap and execute what the processor does not have: without that, the "
+      "kernels end the process.");
   m.def(
       "interpret_x86",
       [](std::uint32_t leaf1_ecx, std::uint32_t leaf7_ebx, std::uint32_t leaf7_ecx, std::uint32_t leaf7_edx,

@@ -189,9 +189,17 @@ std::string cpu_name() { return {}; }
 
 #endif
 
-const CpuFeatures& cpu_features() noexcept {
-  static const CpuFeatures features = detect();
+namespace {
+
+CpuFeatures& current_features() noexcept {
+  static CpuFeatures features = detect();
   return features;
 }
+
+}  // namespace
+
+const CpuFeatures& cpu_features() noexcept { return current_features(); }
+
+void assume_features(const CpuFeatures& features) noexcept { current_features() = features; }
 
 }  // namespace xception

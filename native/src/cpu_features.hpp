@@ -60,6 +60,10 @@ CpuFeatures interpret_x86(const X86Registers& registers, bool tile_permission) n
 // to use the tiles); later calls, from any thread or forked child, return the same answer.
 const CpuFeatures& cpu_features() noexcept;
 
+// What `cpu_features` answers from now on. For tests that execute missing instructions by other means, before anything
+// else asks and before there are threads: a kernel of an instruction that is nowhere ends the process.
+void assume_features(const CpuFeatures& features) noexcept;
+
 // The processor's own name, such as "AMD EPYC 9B45"; empty where it does not tell.
 std::string cpu_name();
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.native
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CPUINFO = Path("/proc/cpuinfo")
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 # Where each feature's bit lies: the Intel manual's tables for CPUID (volume 2A), written down a second time.
 LEAF1_ECX = {"fma": 12, "osxsave": 27, "avx": 28, "f16c": 29}
@@ -121,6 +124,22 @@ def test_a_system_that_saves_less_never_gains_a_feature(values: dict[str, int], 
 def test_registers_of_a_wrong_kind_are_refused(wrong: Any) -> None:
     with pytest.raises(TypeError):
         native.interpret_x86(leaf7_ebx=wrong)
+
+
+def test_what_is_assumed_is_counted_from_then_on(run_python: RunPython) -> None:
+    code = (
+        "import xception._native as n; before = n.cpu_features(); n.assume_features(['amx_bf16']);"
+        "assert n.cpu_features() == before | {'amx_bf16': True};"
+        "from xception.ops import backend; assert 'amx_bf16' in backend.detected_features()"
+    )
+    assert run_python(code).returncode == 0
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    before = native.cpu_features()
+    with pytest.raises(ValueError, match="no instruction set is called 'amx'"):
+        native.assume_features(["avx2", "amx"])
+    assert native.cpu_features() == before
 
 
 def kernel_flags() -> set[str]:
