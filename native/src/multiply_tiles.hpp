@@ -1,9 +1,10 @@
 // The matrix product on AMX tiles. Included like multiply.hpp, after depthwise_work.hpp.
 //
 // A line of the matrix is a row of a tile (a pixel, 32 values or 64 bytes), a panel's 16 steps of K are the rows of two
-// tiles (a pair of values, or four bytes, for each of 16 output channels). 32 pixels times 32 channels are summed in four tiles over all of K,
-// then stored as floats and finished by vectors. Rows beyond the last pixel are computed from whatever lies there, and
-// dropped; K is padded with zero weights to a whole line, and lines have no lanes that nobody wrote.
+// tiles (a pair of values, or four bytes, for each of 16 output channels). 32 pixels times 32 channels are summed in
+// four tiles over all of K, then stored as floats and finished by vectors. Rows beyond the last pixel are computed from
+// whatever lies there, and dropped; K is padded with zero weights to a whole line, and lines have no lanes that nobody
+// wrote.
 //
 // A line of K keeps the tiles' multiplier busy for 64 cycles with four instructions (and four loads of 16 rows, half of
 // what the load ports can do), so vectors are free to work meanwhile, as long as their work lies between the tiles' in

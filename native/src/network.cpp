@@ -105,7 +105,8 @@ Layer& Network::add(Kind kind, int input, int out_channels, int residual) {
   if (residual != -1 && (residual == 0 || channels_of(residual) != out_channels ||
                          reduced_[static_cast<std::size_t>(residual)]))
     refuse("the residual value does not have the output's channels");
-  if (reduced_[static_cast<std::size_t>(input)] != (kind == Kind::linear)) refuse("linear layers, and only they, follow a reduction");
+  if (reduced_[static_cast<std::size_t>(input)] != (kind == Kind::linear))
+    refuse("linear layers, and only they, follow a reduction");
   if (input == 0 && kind != Kind::convolution && kind != Kind::load)
     refuse("a regular convolution has to come first, or the image has to be loaded");
   Layer layer;

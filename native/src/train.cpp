@@ -77,7 +77,8 @@ std::int64_t UnitTrainer::blocked_bytes(int channels, const BatchShape& shape) c
 
 // Images [begin, end) in parts whose matrix of `channels` stays in the cache.
 std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int channels, int begin, int end) const {
-  const std::int64_t row = static_cast<std::int64_t>(shape.width) * kLineBytes * ceil_div(channels, lane_count(kernels_->matrix_type));
+  const std::int64_t row =
+      static_cast<std::int64_t>(shape.width) * kLineBytes * ceil_div(channels, lane_count(kernels_->matrix_type));
   std::vector<Strip> out;
   const auto together = static_cast<int>(std::clamp<std::int64_t>(kStripBytes / (row * shape.height), 0, end - begin));
   if (together >= 1) {
@@ -289,7 +290,8 @@ void UnitTrainer::finish(const BatchShape& shape, int channels, std::byte* z, co
     const Range images = share(shape.images, thread, team_.size());
     MapArgs args{.z = blocked(z, channels, shape.pixels()), .residual = pixels_of(residual.map, channels, shape.pixels()),
                  .output = channels_last(output, channels), .scale = padded.affine.scale, .shift = padded.affine.shift,
-                 .residual_scale = other.affine.scale, .residual_shift = other.affine.shift, .relu = norm.relu, .last_group = padded_channels(channels) / kGroup,
+                 .residual_scale = other.affine.scale, .residual_shift = other.affine.shift, .relu = norm.relu,
+                 .last_group = padded_channels(channels) / kGroup,
                  .first_pixel = images.begin * shape.image_pixels()};
     args.pixels = static_cast<int>((images.end - images.begin) * shape.image_pixels());
     train_->finish(args);

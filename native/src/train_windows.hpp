@@ -38,7 +38,8 @@ inline void copy_lines(const WindowArgs& a, const S* map, int y0, int x0, std::i
   const int lines = w.kernel * channels * static_cast<int>(sizeof(S)) / kLineBytes;
   std::byte* to = group_at(a.output, 0, out_pixel, sizeof(S));
   for (int ky = 0; ky < w.kernel; ++ky) {
-    const auto* from = reinterpret_cast<const std::byte*>(map + (static_cast<std::int64_t>(y0 + ky) * w.in_width + x0) * channels);
+    const auto* from =
+        reinterpret_cast<const std::byte*>(map + (static_cast<std::int64_t>(y0 + ky) * w.in_width + x0) * channels);
     for (int i = 0; i < lines; ++i, to += a.output.block) copy_line(from + i * kLineBytes, to);
   }
   for (int i = w.kernel * lines; i < a.groups / a.output.groups; ++i, to += a.output.block) copy_line(nullptr, to);
@@ -48,7 +49,8 @@ template <class S, class T>
 void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
   const Window& w = a.window;
   const int channels = a.input.channels, run = w.kernel * channels;
-  const S* map = reinterpret_cast<const S*>(a.input.data) + static_cast<std::int64_t>(a.image) * w.in_height * w.in_width * channels;
+  const S* map =
+      reinterpret_cast<const S*>(a.input.data) + static_cast<std::int64_t>(a.image) * w.in_height * w.in_width * channels;
   const int y0 = row * w.stride - w.pad_top;
   const bool inside = y0 >= 0 && y0 + w.kernel <= w.in_height;
   float window[kMostDepth + 2 * kGroup];
@@ -76,7 +78,8 @@ void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
     }
     copy_window(a, map, y0, x0, room, window);
     for (int g = 0; g < a.groups; ++g)
-      store(reinterpret_cast<T*>(group_at(a.output, g, out_pixel + x, sizeof(T))), load(static_cast<const float*>(window + g * kGroup)));
+      store(reinterpret_cast<T*>(group_at(a.output, g, out_pixel + x, sizeof(T))),
+            load(static_cast<const float*>(window + g * kGroup)));
   }
 }
 
@@ -120,7 +123,8 @@ inline void readers(const ReaderArgs& a) {
         std::byte* to = a.matrix + ((ky * w.kernel + kx) * a.blocks + b) * a.matrix_block;
         for (int r = 0; r < a.rows; ++r) {
           const int oy = reader_of(a.first_row + r, ky, w.pad_top, w.out_height, w.stride);
-          const std::byte* row = a.lines + b * a.block + static_cast<std::int64_t>(oy - a.first_window_row) * w.out_width * kLineBytes;
+          const std::byte* row =
+              a.lines + b * a.block + static_cast<std::int64_t>(oy - a.first_window_row) * w.out_width * kLineBytes;
           for (int x = 0; x < w.in_width; ++x, to += kLineBytes) {
             const int ox = oy < 0 ? -1 : reader_of(x, kx, w.pad_left, w.out_width, w.stride);
             copy_line(ox < 0 ? nullptr : row + static_cast<std::int64_t>(ox) * kLineBytes, to);
