@@ -18,9 +18,11 @@ TRAPS = Path(__file__).parent / "traps"
 FLAGS = "-O2 -std=c++20 -fPIC -shared -fno-strict-aliasing -ffp-contract=off"
 SETS = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 
-# Some of what tiles compute, quickly; and all that runs on them.
+# Some of what tiles compute, in seconds; and what takes minutes.
 LAYERS = ("tests/inference/test_kernels.py", "-k", "amx_bf16 or amx_fp16")
 TRAINING = ("tests/ops/test_units.py", "-k", "amx_bf16")
+SOME = "test_what_is_not_finite or (test_numbers_beyond and 1-False-100000)"
+SOME_HALF_MAPS = (*LAYERS[:1], "tests/inference/test_tiles.py", "-k", f"(amx_bf16 or amx_fp16) and ({SOME})")
 NETWORKS = (
     "tests/inference/test_kernels.py",
     "tests/inference/test_tiles.py",
@@ -29,6 +31,8 @@ NETWORKS = (
     "-k",
     "(amx_bf16 or amx_fp16 or test_compiled) and not emulated",
 )
+# Every operation of half precision is trapped as well: a network would take minutes.
+HALF_MAPS = (*NETWORKS[:3], "-k", "(amx_bf16 or amx_fp16) and (test_kernels or test_tiles or test_layers_are_exact)")
 ALL_TRAINING = ("tests/ops", "tests/native/test_unit_trainer.py")
 
 TILES = {"configure", "release", "zero", "load", "store", "bf16"}
@@ -74,18 +78,22 @@ def executed(counts: dict[str, int]) -> set[str]:
     return {name for name, count in counts.items() if count > 0}
 
 
-@pytest.mark.parametrize(("selection", "more"), [(LAYERS, {"fp16"}), (TRAINING, set())], ids=["layers", "training"])
-def test_tiles(library: Path, selection: tuple[str, ...], more: set[str]) -> None:
-    counts = run(library, selection, halves=False)
+@pytest.mark.parametrize(
+    ("selection", "halves", "more"),
+    [(LAYERS, False, {"fp16"}), (TRAINING, False, set()), (SOME_HALF_MAPS, True, {"fp16", "half"})],
+    ids=["layers", "training", "half maps"],
+)
+def test_tiles(library: Path, selection: tuple[str, ...], halves: bool, more: set[str]) -> None:
+    counts = run(library, selection, halves)
     assert executed(counts) == TILES | more
     assert counts["configure"] == counts["release"]  # every thread gives back what it configured
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-@pytest.mark.parametrize("halves", [False, True], ids=["float maps", "half maps"])
-def test_networks(library: Path, halves: bool) -> None:
-    counts = run(library, NETWORKS, halves)
+@pytest.mark.parametrize(("selection", "halves"), [(NETWORKS, False), (HALF_MAPS, True)], ids=["networks", "half maps"])
+def test_all_on_tiles(library: Path, selection: tuple[str, ...], halves: bool) -> None:
+    counts = run(library, selection, halves)
     assert executed(counts) == TILES | {"fp16", "bytes"} | ({"half"} if halves else set())
     assert counts["configure"] == counts["release"]
 
