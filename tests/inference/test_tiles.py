@@ -19,8 +19,8 @@ from xception.ops import backend
 pytest.importorskip("xception._native")
 
 TILES = [pair for pair in LEVELS if pair[0].startswith("amx")]
-# Those whose maps are in half precision: the processor's own where it has AVX-512 FP16.
-HAVE_HALVES = "avx512_fp16" in backend.detected_features()
+# Those whose maps are in half precision: the processor's own where it has AVX-512 FP16 and BF16.
+HAVE_HALVES = {"avx512_fp16", "avx512_bf16"} <= set(backend.detected_features())
 HALVES = [pair for pair in TILES if pair[0] == "amx_half_emulated" or ("emulated" not in pair[0] and HAVE_HALVES)]
 THREADS = [(1, False), (2, False), (2, True), (3, True)]
 TOLERANCE = {"bf16": 2e-2, "fp16": 3e-3}  # of the norm, over some layers

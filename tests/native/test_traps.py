@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,23 @@ pytestmark = [
 ]
 
 
+def compiles(*flags: str) -> bool:
+    if shutil.which("c++") is None:
+        return False
+    command = ["c++", *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+FEATURES = backend.detected_features()
+HALF_MAPS_MARKS = (
+    pytest.mark.skipif("avx512_fp16" in FEATURES, reason="the processor executes half precision itself"),
+    pytest.mark.skipif(
+        "avx512_bf16" not in FEATURES, reason="those kernels round to bf16 by AVX-512, which is missing"
+    ),
+    pytest.mark.skipif(not compiles("-mavx512fp16"), reason="the compiler builds no kernels for AVX-512 FP16"),
+)
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("traps") / "traps.so"
@@ -80,7 +98,11 @@ def executed(counts: dict[str, int]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("selection", "halves", "more"),
-    [(LAYERS, False, {"fp16"}), (TRAINING, False, set()), (SOME_HALF_MAPS, True, {"fp16", "half"})],
+    [
+        (LAYERS, False, {"fp16"}),
+        (TRAINING, False, set()),
+        pytest.param(SOME_HALF_MAPS, True, {"fp16", "half"}, marks=HALF_MAPS_MARKS),
+    ],
     ids=["layers", "training", "half maps"],
 )
 def test_tiles(library: Path, selection: tuple[str, ...], halves: bool, more: set[str]) -> None:
@@ -91,7 +113,11 @@ def test_tiles(library: Path, selection: tuple[str, ...], halves: bool, more: se
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-@pytest.mark.parametrize(("selection", "halves"), [(NETWORKS, False), (HALF_MAPS, True)], ids=["networks", "half maps"])
+@pytest.mark.parametrize(
+    ("selection", "halves"),
+    [(NETWORKS, False), pytest.param(HALF_MAPS, True, marks=HALF_MAPS_MARKS)],
+    ids=["networks", "half maps"],
+)
 def test_all_on_tiles(library: Path, selection: tuple[str, ...], halves: bool) -> None:
     counts = run(library, selection, halves)
     assert executed(counts) == TILES | {"fp16", "bytes"} | ({"half"} if halves else set())

@@ -64,7 +64,6 @@ inline bool half_instruction(Frame& f) {
   union Lanes {
     __m512i all;
     u16 half[32];
-    float single[16];
   };
   const int bytes = bits / 8, lanes = bits / 16;
   const u64 active = writemask == 0 ? ~u64{0} : f.mask(writemask);
