@@ -186,15 +186,17 @@ void bind_network(nb::module_& m) {
           "convolution",
           [](Network& n, int input, const Floats<2>& weights, const std::optional<Floats<1>>& bias, int kernel,
              int stride, int dilation, const std::string& padding, int amount, bool input_relu, int residual,
-             const std::string& activation) {
+             const std::string& activation, const std::optional<Floats<1>>& steps) {
             return n.convolution(input, sampling_of(kernel, stride, dilation, padding, amount),
                                  size_of(weights.shape(0)), {weights.data(), weights.size()}, numbers(bias),
-                                 input_relu, residual, activation_of(activation));
+                                 input_relu, residual, activation_of(activation), numbers(steps));
           },
           given, nb::kw_only(), nb::arg("weights").noconvert(), nb::arg("bias").noconvert().none() = nb::none(),
           "kernel"_a, "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0,
           "input_relu"_a = false, "residual"_a = -1, "activation"_a = "none",
-          "A regular convolution; weights out x (k * k * in). Returns the number of its value.")
+          nb::arg("steps").noconvert().none() = nb::none(),
+          "A regular convolution; weights out x (k * k * in). With `steps`, one a channel of its input, its product is of "
+          "bytes, which count such steps. Returns the number of its value.")
       .def(
           "separable",
           [](Network& n, int input, const Floats<2>& filters, const std::optional<Floats<1>>& filter_bias,

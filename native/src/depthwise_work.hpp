@@ -106,13 +106,17 @@ struct PairLine {
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
     return {{_mm512_permutex2var_ps(v.lo.a, lower, v.hi.a)}, {_mm512_permutex2var_ps(v.lo.a, upper, v.hi.a)}};
   }
-  void put(u8* p, int zero_point) const { store_line(p, widen(), zero_point); }
+  void put(u8* p, int zero_point) const {
+    const __m512i pairs = _mm512_or_si512(count(v.lo, zero_point), _mm512_slli_epi32(count(v.hi, zero_point), 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(pairs));
+  }
   void put(bf16* p, int /*zero_point*/ = 0) const {
     const __m512i even = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.lo.a)));
     const __m512i odd = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.hi.a)));
     _mm512_storeu_si512(p, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
   }
 };
+inline PairLine mul(PairLine x, PairLine y) { return {{mul(x.v.lo, y.v.lo), mul(x.v.hi, y.v.hi)}}; }
 inline PairLine fma(PairLine x, PairLine y, PairLine z) {
   return {{fma(x.v.lo, y.v.lo, z.v.lo), fma(x.v.hi, y.v.hi, z.v.hi)}};
 }

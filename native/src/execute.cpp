@@ -64,8 +64,10 @@ ProducerArgs Network::producer_for(const Layer& layer, const Window& window, con
     producer.weights = (halves ? layer.half_filters : layer.filters).data();
     producer.bias = bias.size() > 0 ? bias.data() : nullptr;
     producer.activation = layer.middle;
-    producer.zero_point = layer.zero_point;
+  } else {
+    producer.weights = layer.filters.data();
   }
+  producer.zero_point = layer.zero_point;
   return producer;
 }
 
@@ -99,7 +101,7 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
                           const Company& company) const {
   const Kernels& kernels = *worker.kernels;
   MultiplyArgs product = product_for(layer, rows, worker);
-  const bool is_matrix = layer.kind == Kind::convolution && window.kernel == 1 && window.stride == 1 &&
+  const bool is_matrix = layer.kind == Kind::convolution && !layer.in_bytes && window.kernel == 1 && window.stride == 1 &&
                          window.pad_top == 0 && window.pad_left == 0 && (!layer.input_relu || rows.input_rectified) &&
                          (kernels.matrix_type == kernels.type || rows.input_as_matrix) &&
                          window.out_width == window.in_width && window.out_height == window.in_height;
@@ -137,7 +139,7 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
       if (layer.kind == Kind::image)
         kernels.image(producer);
       else if (layer.kind == Kind::convolution)
-        kernels.patches(producer);
+        own.patches(producer);
       else if (strip == 0 || !ahead)
         own.depthwise(producer);
     }

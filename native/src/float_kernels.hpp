@@ -18,6 +18,7 @@ constexpr Kernels float_kernels(Type type) {
       .multiply = multiply<DotFloat, S>,
       .multiply_f32 = multiply<DotFloat, float>,
       .depthwise_u8 = depthwise<S, u8>,
+      .patches_u8 = patches_u8<S>,
       .multiply_u8 = multiply<DotBytes, S>,
       .begin_thread = nullptr,
       .end_thread = nullptr,

@@ -36,7 +36,8 @@ struct ProducerArgs {
   int channels = 0;                  // `image`: any number; else the number of groups times 16
   bool input_relu = false;
   bool input_as_matrix = false;    // patches: the input is of the matrix's type already
-  const void* weights = nullptr;  // depthwise: float [groups][kernel * kernel][16], or as `half_filters` says
+  // depthwise: float [groups][kernel * kernel][16], or as `half_filters` says; patches of bytes: float [groups * 16]
+  const void* weights = nullptr;
   const void* bias = nullptr;     // depthwise: float [groups * 16], or likewise; or null
   Activation activation = Activation::none;
   const std::byte* residual = nullptr;  // `filter` only: at the output's first pixel, or null
@@ -132,9 +133,10 @@ struct Kernels {
   void (*reduce)(const ReduceArgs&) = nullptr;
   void (*multiply)(const MultiplyArgs&) = nullptr;
   void (*multiply_f32)(const MultiplyArgs&) = nullptr;  // everything float: the classifier
-  // The same as `depthwise` and `multiply`, with u8 as the matrix's type and signed bytes as weights: K counts up to a
-  // multiple of 4, or of 64 where they `interleave`. Sums are exact. Null where there are none.
+  // The same as `depthwise`, `patches` and `multiply`, with u8 as the matrix's type and signed bytes as weights: K counts
+  // up to a multiple of 4, or of 64 where they `interleave`. Sums are exact. Null where there are none.
   void (*depthwise_u8)(const ProducerArgs&) = nullptr;
+  void (*patches_u8)(const ProducerArgs&) = nullptr;
   void (*multiply_u8)(const MultiplyArgs&) = nullptr;
   void (*begin_thread)() = nullptr;                     // called by each thread before the others
   void (*end_thread)() = nullptr;

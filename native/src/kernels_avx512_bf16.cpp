@@ -30,6 +30,7 @@ constexpr Kernels kTable{
     .multiply = multiply<DotPairs, bf16>,
     .multiply_f32 = multiply<DotFloat, float>,
     .depthwise_u8 = depthwise_lines<PairLine, u8>,
+    .patches_u8 = patch_lines_u8<PairLine>,
     .multiply_u8 = multiply<DotBytes, bf16>,
 };
 

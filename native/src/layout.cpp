@@ -152,7 +152,7 @@ void Network::find_matrices(Layout& layout, int value) const {
       if (other.residual == layer.output) fits = false;
       if (other.input != layer.output) continue;
       ++readers;
-      fits = fits && other.kind == Kind::convolution;
+      fits = fits && other.kind == Kind::convolution && !other.in_bytes;
     }
     layout.as_matrix[index_of(layer.output)] = fits && readers == 1;
   }

@@ -146,14 +146,30 @@ int Network::load(int channels) {
   return layer.output;
 }
 
+// Weights are rows of [taps][in_channels].
+void Network::check_steps(std::span<const float> steps, std::span<const float> weights, int in_channels,
+                          int depth) const {
+  check_size(steps, in_channels, true, "steps");
+  if (steps.empty()) return;
+  if (kernels_->multiply_u8 == nullptr) refuse("there are no products of bytes beside numbers of this type");
+  if (depth > 1 << 15) refuse("expected at most 32,768 bytes a sum");  // which fits in 32 bits
+  for (const float step : steps)
+    if (!(step > 0) || !std::isfinite(step)) refuse("expected steps above zero");
+  for (std::size_t i = 0; i < weights.size(); ++i)
+    if (!std::isfinite(weights[i] * steps[i % steps.size()])) refuse("expected finite weights to round to bytes");
+}
+
 int Network::convolution(int input, const Sampling& sampling, int out_channels, std::span<const float> weights,
-                         std::span<const float> bias, bool input_relu, int residual, Activation activation) {
+                         std::span<const float> bias, bool input_relu, int residual, Activation activation,
+                         std::span<const float> steps) {
   check_sampling(sampling);
   const int taps = sampling.kernel * sampling.kernel, in = channels_of(input);
   if (input == 0 && input_relu) refuse("the image has no ReLU before it");
   if (input == 0 && taps * in > 2000) refuse("the first convolution's window holds more than 2,000 numbers");
   check_size(weights, static_cast<std::int64_t>(out_channels) * taps * in, false, "weights");
   check_size(bias, out_channels, true, "bias");
+  if (input == 0 && !steps.empty()) refuse("the image is not counted in steps");
+  check_steps(steps, weights, in, taps * in);
   Layer& layer = add(Kind::convolution, input, out_channels, residual);
   layer.sampling = sampling;
   layer.input_relu = input_relu;
@@ -164,13 +180,22 @@ int Network::convolution(int input, const Sampling& sampling, int out_channels, 
     return layer.output;
   }
   // The producer copies whole groups of channels: so are the weights padded.
-  const int padded_in = sampling.kernel == 1 ? in : rounded_up(in, lane_count(kernels_->matrix_type));
+  layer.in_bytes = !steps.empty();
+  layer.zero_point = input_relu ? 0 : 128;
+  const int padded_in = sampling.kernel == 1 ? in : whole_lines(in, matrix_type(layer));
   layer.depth = taps * padded_in;
   std::vector<float> spread(static_cast<std::size_t>(out_channels) * static_cast<std::size_t>(layer.depth), 0.0f);
   for (int row = 0; row < out_channels * taps; ++row)
-    std::copy_n(weights.data() + static_cast<std::ptrdiff_t>(row) * in, in,
-                spread.data() + static_cast<std::ptrdiff_t>(row) * padded_in);
-  pack(layer, spread, bias);
+    for (int i = 0; i < in; ++i) {
+      const float weight = weights[index_of(row) * index_of(in) + index_of(i)];
+      spread[index_of(row) * index_of(padded_in) + index_of(i)] = steps.empty() ? weight : weight * steps[index_of(i)];
+    }
+  if (!layer.in_bytes) {
+    pack(layer, spread, bias);
+    return layer.output;
+  }
+  pack_steps(layer, steps);
+  pack_bytes(layer, spread, bias);
   return layer.output;
 }
 
@@ -235,16 +260,8 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
   check_size(filter_bias, in, true, "the filters' bias");
   check_size(weights, static_cast<std::int64_t>(out_channels) * in, false, "weights");
   check_size(bias, out_channels, true, "bias");
-  check_size(steps, in, true, "steps");
-  if (!steps.empty()) {
-    if (kernels_->multiply_u8 == nullptr) refuse("there are no products of bytes beside numbers of this type");
-    if (middle == Activation::elu) refuse("an ELU cannot be counted in steps");
-    if (in > 1 << 15) refuse("expected at most 32,768 channels of bytes");  // whose sums fit in 32 bits
-    for (const float step : steps)
-      if (!(step > 0) || !std::isfinite(step)) refuse("expected steps above zero");
-    for (std::size_t i = 0; i < weights.size(); ++i)
-      if (!std::isfinite(weights[i] * steps[i % steps.size()])) refuse("expected finite weights to round to bytes");
-  }
+  check_steps(steps, weights, in, in);
+  if (!steps.empty() && middle == Activation::elu) refuse("an ELU cannot be counted in steps");
   Layer& layer = add(Kind::separable, input, out_channels, residual);
   layer.sampling = sampling;
   layer.input_relu = input_relu;

@@ -54,11 +54,11 @@ struct Layer {
   bool beside = false;   // load: not the image itself
   int in_channels = 0, out_channels = 0;
   int depth = 0;  // K of the product
-  Buffer filters, filter_bias;  // depthwise
+  Buffer filters, filter_bias;  // depthwise; filters of a convolution in bytes: how many steps make one
   Buffer half_filters, half_filter_bias;  // the same, for kernels that want them so
   Buffer weights, bias;
   std::int64_t panel_bytes = 0;
-  bool in_bytes = false;  // separable: the product is of bytes
+  bool in_bytes = false;  // the product is of bytes
   int zero_point = 0;
   Buffer offset, scale;  // of such a product's sums
   std::vector<Section> sections;  // grouped
@@ -149,11 +149,12 @@ struct Images {
 // What writes a layer's matrix, and what multiplies it.
 struct LayerKernels {
   void (*depthwise)(const ProducerArgs&);
+  void (*patches)(const ProducerArgs&);
   void (*multiply)(const MultiplyArgs&);
 };
 inline LayerKernels kernels_of(const Layer& layer, const Kernels& kernels) {
-  if (layer.in_bytes) return {kernels.depthwise_u8, kernels.multiply_u8};
-  return {kernels.depthwise, kernels.multiply};
+  if (layer.in_bytes) return {kernels.depthwise_u8, kernels.patches_u8, kernels.multiply_u8};
+  return {kernels.depthwise, kernels.patches, kernels.multiply};
 }
 
 class Network {
@@ -164,14 +165,15 @@ class Network {
 
   // Each adds a layer and returns the number of its value; value 0 is the image. Weights are [out, k, k, in] and
   // filters [k, k, channels]; a bias may be empty. Throws std::invalid_argument, and then nothing was added.
-  // A separable layer with `steps`, one a channel between its two convolutions, multiplies bytes: what is there counts
-  // steps (without activation from -128 to 127, behind a ReLU from 0 to 255, what lies beyond is cut off), and each
-  // output channel's weights are rounded to 127 parts of the largest.
+  // A layer with `steps`, one a channel of what its product reads (of a separable layer: between its two convolutions),
+  // multiplies bytes: what is there counts steps (without activation from -128 to 127, behind a ReLU from 0 to 255, what
+  // lies beyond is cut off), and each output channel's weights are rounded to 127 parts of the largest.
   // `load` brings the image (or, with `channels`, what is given beside it) into the layout that the other layers work on;
   // a convolution reads an image of few channels by itself.
   int load(int channels);
   int convolution(int input, const Sampling& sampling, int out_channels, std::span<const float> weights,
-                  std::span<const float> bias, bool input_relu, int residual, Activation activation);
+                  std::span<const float> bias, bool input_relu, int residual, Activation activation,
+                  std::span<const float> steps = {});
   // Channels in `segments` as equal as can be, the wider ones first; each output channel reads those of its segment.
   // Weights are [channels, k, k, widest], with zeros behind a narrower segment's.
   int grouped(int input, const Sampling& sampling, int segments, std::span<const float> weights,
@@ -215,10 +217,12 @@ class Network {
   };
 
   int channels_of(int value) const;
+  void check_steps(std::span<const float> steps, std::span<const float> weights, int in_channels, int depth) const;
   void check(const Images& images, int value) const;
   Layer& add(Kind kind, int input, int out_channels, int residual);
   void pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias);
   void pack(Layer& layer, std::span<const float> weights, std::span<const float> bias);
+  void pack_steps(Layer& layer, std::span<const float> steps);
   void pack_bytes(Layer& layer, std::span<const float> weights, std::span<const float> bias);
   std::int64_t matrix_limit() const { return latency_ ? kSharedMatrixBytes : kMatrixBytes; }
   Type matrix_type(const Layer& layer) const { return layer.in_bytes ? Type::u8 : kernels_->matrix_type; }

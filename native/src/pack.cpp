@@ -81,6 +81,13 @@ void Network::pack_bytes(Layer& layer, std::span<const float> weights, std::span
   }
 }
 
+// How many steps make one, of each channel that a convolution reads.
+void Network::pack_steps(Layer& layer, std::span<const float> steps) {
+  std::vector<float> factors(steps.size());
+  for (std::size_t i = 0; i < steps.size(); ++i) factors[i] = 1.0f / steps[i];
+  layer.filters = padded(factors, whole_lines(layer.in_channels, Type::u8));
+}
+
 // [taps][channels] as [groups][taps][16], padded with zeros.
 void Network::pack_filters(Layer& layer, std::span<const float> filters, std::span<const float> bias) {
   const int taps = layer.sampling.kernel * layer.sampling.kernel, in = layer.in_channels;

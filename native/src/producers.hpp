@@ -236,6 +236,52 @@ void patches(const ProducerArgs& a) {
   }
 }
 
+// What the windows of a row of output pixels find in one row of the input, or outside of it (null). With stride 1 each
+// number is counted once for all the windows that read it.
+template <class Value, class Count, class Put>
+inline void windows_of_row(const Window& w, bool outside, Value nothing, Count count, Put put) {
+  for (int kx = 0; kx < w.kernel; ++kx) {
+    const int first = kx * w.dilation - w.pad_left;  // the column that the first window reads
+    const int begin = outside ? w.out_width : least((most(-first, 0) + w.stride - 1) / w.stride, w.out_width);
+    const int room = w.in_width - first;
+    const int end = outside || room <= 0 ? begin : most(begin, least((room + w.stride - 1) / w.stride, w.out_width));
+    for (int x = 0; x < begin; ++x) put(kx, x, nothing);
+    for (int x = end; x < w.out_width; ++x) put(kx, x, nothing);
+    for (int x = begin; w.stride > 1 && x < end; ++x) put(kx, x, count(x * w.stride + first));
+  }
+  for (int column = 0; w.stride == 1 && !outside && column < w.in_width; ++column) {
+    const Value counted = count(column);
+    for (int kx = 0; kx < w.kernel; ++kx) {
+      const int x = column + w.pad_left - kx * w.dilation;
+      if (x >= 0 && x < w.out_width) put(kx, x, counted);
+    }
+  }
+}
+
+// Patches in bytes, which count steps of a size a channel: `weights` is how many of them make one, and what lies beyond a
+// byte is cut off.
+template <class S>
+void patches_u8(const ProducerArgs& a) {
+  const Window& w = a.window;
+  const int groups = a.channels / kGroup;
+  for (int g = 0; g < groups; ++g) {
+    const V factor = load(static_cast<const float*>(a.weights) + g * kGroup);
+    for (int r = 0; r < a.rows; ++r) {
+      const std::byte* rows[kMaxKernel];
+      window_rows(w, a.input + group_offset<S>(g, a.input_block), a.first_row + r, rows);
+      for (int ky = 0; ky < w.kernel; ++ky) {
+        std::byte* out[kMaxKernel];
+        for (int kx = 0; kx < w.kernel; ++kx)
+          out[kx] = a.matrix + group_offset<u8>((ky * w.kernel + kx) * groups + g, a.matrix_block) +
+                    static_cast<std::int64_t>(r) * w.out_width * kLineBytes;
+        windows_of_row(
+            w, rows[ky] == nullptr, zero(), [&](int column) { return mul(load(line<S>(rows[ky], column)), factor); },
+            [&](int kx, int x, V steps) { store(line<u8>(out[kx], x), steps, a.zero_point); });
+      }
+    }
+  }
+}
+
 // The windows of the image itself, float [images][height][width][channels] with few channels: K is (ky, kx, channel)
 // without gaps, so that a row of taps is one run of numbers.
 // One pixel's, anywhere.

@@ -41,10 +41,13 @@ inline void store(f16* p, V x) {
 }
 
 // Rounded to the nearest, ties to even, and counted from `zero`; what lies beyond a byte is its end, and so is NaN.
-inline void store(u8* p, V x, int zero) {
+inline __m512i count(V x, int zero) {
   const __m512 kept = _mm512_min_ps(x.a, _mm512_set1_ps(static_cast<float>(255 - zero)));
   const __m512i steps = _mm512_add_epi32(_mm512_cvtps_epi32(kept), _mm512_set1_epi32(zero));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_max_epi32(steps, _mm512_setzero_si512())));
+  return _mm512_max_epi32(steps, _mm512_setzero_si512());
+}
+inline void store(u8* p, V x, int zero) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(count(x, zero)));
 }
 
 inline V add(V x, V y) { return {_mm512_add_ps(x.a, y.a)}; }

@@ -51,6 +51,7 @@ class Network:
         input_relu: bool = False,
         residual: int = -1,
         activation: str = "none",
+        steps: _Floats | None = None,
     ) -> int: ...
     def separable(
         self,

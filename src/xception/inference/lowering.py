@@ -39,7 +39,17 @@ if TYPE_CHECKING:
     from xception.ops.backend import Network
 
 Array = NDArray[np.float32]
-Steps = Mapping[nn.Module, Array]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a product of bytes reads: the size of a step for each channel; from -128 to 127 of them, or from 0 to 255."""
+
+    steps: Array
+    signed: bool
+
+
+Steps = Mapping[nn.Module, Counted]
 IMAGE = 0  # the number of the executor's first value
 _ACTIVATIONS = ("none", "relu", "elu")
 _MAX_WINDOW = 2000  # numbers that a first convolution may read at once straight from the image
@@ -72,7 +82,7 @@ class Outputs:
 def lower(model: nn.Module, network: Network, steps: Steps | None = None) -> Outputs:
     """Add the layers of `model`, in eval mode, to `network`. Raises `Uncovered`.
 
-    `steps`, of pointwise convolutions, are those in which bytes count their inputs: see `quantize.steps_of`.
+    `steps`, of convolutions, are those in which bytes count their inputs: see `quantize.steps_of`.
     """
     steps = {} if steps is None else steps
     if type(model) not in (Xception, XceptionAligned):
@@ -97,7 +107,7 @@ def lower(model: nn.Module, network: Network, steps: Steps | None = None) -> Out
 def _xception(model: Any, network: Network, steps: Steps) -> int:
     stem = model.entry_flow.stem
     value = _convolution(stem.conv1, network, IMAGE, padding={"padding": "same"} if stem.pad_same else None)
-    value = _convolution(stem.conv2, network, value)
+    value = _convolution(stem.conv2, network, value, steps)
     for name, block in model.entry_flow.named_children():
         if name != "stem":
             value = _block(block, network, steps, value)
@@ -114,7 +124,7 @@ def _xception(model: Any, network: Network, steps: Steps) -> int:
 
 def _block(block: Any, network: Network, steps: Steps, value: int, relu: bool = False) -> int:
     """A residual module, and a ReLU behind it."""
-    residual = _shortcut(block.shortcut, network, value)
+    residual = _shortcut(block.shortcut, network, steps, value)
     pools = isinstance(block.pool, SamePool2d)
     units = list(block.units)
     for i, unit in enumerate(units):
@@ -157,7 +167,7 @@ def _unit(
             weights=weights,
             bias=bias,
             input_relu=conv.input_relu,
-            steps=steps.get(conv.pointwise),
+            steps=_steps(steps, conv.pointwise),
             **_sampling(conv.depthwise),
             **last,
         )
@@ -185,9 +195,9 @@ def _pointwise_first(conv: Any) -> bool:
     return isinstance(conv, SegmentedConv2d) or conv.order == "pointwise_depthwise"
 
 
-def _shortcut(shortcut: Any, network: Network, value: int) -> int:
+def _shortcut(shortcut: Any, network: Network, steps: Steps, value: int) -> int:
     if isinstance(shortcut, ConvNorm):
-        return _convolution(shortcut, network, value)
+        return _convolution(shortcut, network, value, steps)
     return -1 if shortcut is None else value
 
 
@@ -197,19 +207,19 @@ def _aligned(model: Any, network: Network, steps: Steps) -> int:
     blocks += [*model.middle_flow, model.exit_flow.block, model.exit_flow.separable]
     value = _convolution(stem.conv1, network, IMAGE)
     if not model.config.preactivation:
-        value = _convolution(stem.conv2, network, value)
+        value = _convolution(stem.conv2, network, value, steps)
         for block in blocks:
             value = _aligned_block(block, network, steps, value)
         return value
     # Every reader of a module's sum normalises and rectifies it first: both belong to the layer that computes it.
-    value = _convolution(stem.conv2, network, value, after=blocks[0].norm, relu=True)
+    value = _convolution(stem.conv2, network, value, steps, after=blocks[0].norm, relu=True)
     for block, after in zip(blocks, [*(block.norm for block in blocks[1:]), nn.Identity()], strict=True):
         value = _preactivated_block(block, network, steps, value, after)
     return value
 
 
 def _aligned_block(block: Any, network: Network, steps: Steps, value: int) -> int:
-    residual = _shortcut(block.shortcut, network, value)
+    residual = _shortcut(block.shortcut, network, steps, value)
     units: list[Any] = list(block.units)
     for i, unit in enumerate(units):
         value = _aligned_unit(unit, network, steps, value, residual=residual if i == len(units) - 1 else -1)
@@ -233,7 +243,7 @@ def _aligned_unit(unit: Any, network: Network, steps: Steps, value: int, residua
         input_relu=inside == "none",
         residual=residual,
         activation=inside,
-        steps=steps.get(unit.pointwise),
+        steps=_steps(steps, unit.pointwise),
         **_sampling(unit.depthwise),
     )
 
@@ -242,7 +252,7 @@ def _preactivated_block(block: Any, network: Network, steps: Steps, value: int, 
     """A module whose input is normalised and rectified, and so is its sum, by `after` and a ReLU."""
     residual, scale = -1, None if isinstance(after, nn.Identity) else _affine(after)[0]
     if isinstance(block.shortcut, ConvNorm):  # s * (y + x) + t is (s * y + t) + s * x
-        residual = _convolution(block.shortcut, network, value, scale=scale)
+        residual = _convolution(block.shortcut, network, value, steps, scale=scale)
     elif block.shortcut is not None:
         residual = value
         if scale is not None:
@@ -259,7 +269,7 @@ def _preactivated_block(block: Any, network: Network, steps: Steps, value: int, 
             bias=bias,
             residual=residual if i == len(units) - 1 else -1,
             activation="relu",
-            steps=steps.get(unit.conv.pointwise),
+            steps=_steps(steps, unit.conv.pointwise),
             **_sampling(unit.conv.depthwise),
         )
     return value
@@ -330,6 +340,11 @@ def _linear(layer: nn.Linear) -> dict[str, Any]:
     return {"weights": np.ascontiguousarray(_numbers(layer.weight), np.float32), "bias": bias}
 
 
+def _steps(steps: Steps, pointwise: nn.Module) -> Array | None:
+    counted = steps.get(pointwise)
+    return None if counted is None else counted.steps
+
+
 # ----------------------------------------------------------------------------------------------------- sampling
 
 
@@ -337,6 +352,7 @@ def _convolution(
     unit: Any,
     network: Network,
     value: int,
+    steps: Steps | None = None,
     *,
     padding: dict[str, Any] | None = None,
     after: nn.Module | None = None,
@@ -353,6 +369,7 @@ def _convolution(
     weights, bias = _folded(conv.weight, unit.norm, after or nn.Identity(), bias=conv.bias)
     if scale is not None:
         weights, bias = (weights * scale[:, None]).astype(np.float32), (bias * scale).astype(np.float32)
+    counted = None if steps is None else steps.get(conv)
     if value == IMAGE and weights.shape[1] > _MAX_WINDOW:
         value = network.load()
     return network.convolution(
@@ -362,7 +379,9 @@ def _convolution(
         kernel=conv.kernel_size[0],
         stride=conv.stride[0],
         dilation=conv.dilation[0],
+        input_relu=counted is not None and not counted.signed,  # what is cut off below zero
         activation="relu" if relu else act,
+        steps=None if counted is None else counted.steps,
         **(_padding(conv) if padding is None else padding),
     )
 

@@ -1,8 +1,9 @@
-"""Products of bytes: the steps in which the numbers between the two halves of a separable convolution are counted.
+"""Products of bytes: the steps in which what a convolution reads is counted.
 
-What a depthwise convolution gives is counted in steps of a size for each channel, from -128 to 127 (behind a ReLU from
-0 to 255), and what the 1x1 convolution weighs it with in 127 parts of each output channel's largest weight; the product
-itself is exact. The steps' sizes go into the depthwise filters and out of the 1x1 weights, so they cost nothing.
+Of a separable convolution that is what its depthwise half gives; of the stem's second one and of shortcuts, the map
+itself. It is counted in steps of a size for each channel, from -128 to 127 (where nothing is below zero, from 0 to 255),
+and weighed in 127 parts of each output channel's largest weight; the product itself is exact. The steps' sizes go into
+the depthwise filters and out of the 1x1 weights, so they cost nothing there.
 
 One size for all channels wastes the range of most of them; the finest for each makes the weights of rarely large
 channels so coarse, and cuts off so much of what calibration has not seen, that it is worse still. So a channel's step
@@ -22,56 +23,70 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xception.errors import ConfigError
-from xception.inference.lowering import Array
-from xception.models.layers import SeparableConv2d
+from xception.inference.lowering import Array, Counted
+from xception.models.layers import ConvNorm, SeparableConv2d
 from xception.models.xception_aligned import AlignedUnit
 from xception.ops.separable import depthwise_conv2d
 
 _BATCH = 1  # image at a time: more take memory, and no less time
+_MOST_BYTES = 1 << 15  # in a sum, which has 32 bits
 _FINEST = 1 / 32  # of the coarsest step of a layer: a channel that was always zero has a step, too
 
 
-def steps_of(model: nn.Module, images: NDArray[np.float32]) -> dict[nn.Module, Array]:
-    """The size of a step for each channel that a 1x1 convolution of `model` reads behind a depthwise one.
+def steps_of(model: nn.Module, images: NDArray[np.float32]) -> dict[nn.Module, Counted]:
+    """The size of a step for each channel that a convolution of `model` reads.
 
-    `images` are N H W C, normalised, and should be like those to come: two or three dozen are enough. Convolutions
-    behind an ELU, and those that come before their depthwise convolution, are left out. Raises `ConfigError` where
-    there is no image, or what the network makes of one is not finite.
+    `images` are N H W C, normalised, and should be like those to come: two or three dozen are enough. The convolution
+    that reads them, those behind an ELU, and 1x1 that come before their depthwise one are left out. Raises `ConfigError`
+    where there is no image, or what the network makes of one is not finite.
     """
     if len(images) == 0:
         raise ConfigError("expected at least one calibration image for int8, got none")
     watched = copy.deepcopy(model).float().cpu().eval()
-    seen = {
-        f"{name}.pointwise": _Range(module)
-        for name, module in watched.named_modules()
-        if isinstance(module, AlignedUnit) or (isinstance(module, SeparableConv2d) and _counts(module))
-    }
+    seen: dict[str, _Range] = {}
+    for name, module in watched.named_modules():
+        if isinstance(module, AlignedUnit) or (isinstance(module, SeparableConv2d) and _counts(module)):
+            seen[f"{name}.pointwise"] = _Range(module)
+        elif isinstance(module, ConvNorm) and not name.endswith("stem.conv1") and _fits(module.conv):
+            seen[f"{name}.conv"] = _Range(module)
     with torch.inference_mode():
         for first in range(0, len(images), _BATCH):
             logits = watched(torch.from_numpy(images[first : first + _BATCH]).permute(0, 3, 1, 2))
             if not bool(torch.isfinite(logits).all()):
                 raise ConfigError("expected finite logits of the calibration images of int8, got NaN or infinity")
     modules = dict(model.named_modules())
-    return {modules[name]: _steps(found.largest, found.signed) for name, found in seen.items()}
+    return {modules[name]: Counted(found.steps(), found.signed) for name, found in seen.items()}
 
 
 def _counts(conv: SeparableConv2d) -> bool:
     return conv.order == "depthwise_pointwise" and conv.intermediate_activation != "elu"
 
 
+def _fits(conv: nn.Conv2d) -> bool:
+    return conv.weight[0].numel() <= _MOST_BYTES
+
+
 class _Range:
-    """The largest absolute number of each channel between a unit's two convolutions, of all that it sees."""
+    """The largest absolute number of each channel that a unit's last convolution reads, of all that it sees."""
 
     largest: Tensor
 
-    def __init__(self, unit: SeparableConv2d | AlignedUnit) -> None:
-        self.largest = torch.zeros(unit.pointwise.in_channels)
-        if isinstance(unit, AlignedUnit):
+    def __init__(self, unit: SeparableConv2d | AlignedUnit | ConvNorm) -> None:
+        conv = unit.conv if isinstance(unit, ConvNorm) else unit.pointwise
+        self.largest = torch.zeros(conv.in_channels)
+        if isinstance(unit, ConvNorm):  # a map, which may have been rectified somewhere before
+            self.signed = False
+            unit.register_forward_pre_hook(self.with_sign)
+        elif isinstance(unit, AlignedUnit):
             self.signed = unit.activation == "before"
             unit.pointwise.register_forward_pre_hook(lambda _, inputs: self.note(inputs[0]))
         else:  # which is one operation
             self.signed = unit.intermediate_activation == "none"
             unit.register_forward_pre_hook(self.between)
+
+    def with_sign(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.signed = self.signed or bool((inputs[0] < 0).any())
+        self.note(inputs[0])
 
     def between(self, conv: Any, inputs: tuple[Tensor]) -> None:
         x = torch.relu(inputs[0]) if conv.input_relu else inputs[0]
@@ -81,10 +96,10 @@ class _Range:
     def note(self, numbers: Tensor) -> None:
         self.largest = torch.maximum(self.largest, numbers.abs().amax((0, 2, 3)))
 
-
-def _steps(largest: Tensor, signed: bool) -> Array:
-    """Steps that grow with the cube root of each channel's largest number, and of which the range holds them all."""
-    sizes = largest.double().clamp_min(1e-30) ** (1 / 3)
-    sizes = torch.maximum(sizes, sizes.max() * _FINEST)
-    coarse = (largest.double() / sizes).max() / (127 if signed else 255)
-    return np.ascontiguousarray((sizes * coarse.clamp_min(1e-30)).numpy(), np.float32)
+    def steps(self) -> Array:
+        """Steps that grow with the cube root of each channel's largest number, and of which the range holds them all."""
+        largest = self.largest.double()
+        sizes = largest.clamp_min(1e-30) ** (1 / 3)
+        sizes = torch.maximum(sizes, sizes.max() * _FINEST)
+        coarse = (largest / sizes).max() / (127 if self.signed else 255)
+        return np.ascontiguousarray((sizes * coarse.clamp_min(1e-30)).numpy(), np.float32)
