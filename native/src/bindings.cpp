@@ -24,7 +24,7 @@ namespace {
 
 // Raised with every change of this module's interface. xception/ops/backend.py expects the same number, so
 // that an extension left over from an earlier editable install is noticed instead of misused.
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 nb::dict to_dict(const xception::CpuFeatures& features) {
   nb::dict out;
@@ -195,8 +195,8 @@ void bind_network(nb::module_& m) {
           "kernel"_a, "stride"_a = 1, "dilation"_a = 1, "padding"_a = "fixed", "amount"_a = 0,
           "input_relu"_a = false, "residual"_a = -1, "activation"_a = "none",
           nb::arg("steps").noconvert().none() = nb::none(),
-          "A regular convolution; weights out x (k * k * in). With `steps`, one a channel of its input, its product is of "
-          "bytes, which count such steps. Returns the number of its value.")
+          "A regular convolution; weights out x (k * k * in). With `steps`, one a channel of its input, its product is "
+          "of bytes, which count such steps. Returns the number of its value.")
       .def(
           "separable",
           [](Network& n, int input, const Floats<2>& filters, const std::optional<Floats<1>>& filter_bias,

@@ -133,8 +133,8 @@ struct Kernels {
   void (*reduce)(const ReduceArgs&) = nullptr;
   void (*multiply)(const MultiplyArgs&) = nullptr;
   void (*multiply_f32)(const MultiplyArgs&) = nullptr;  // everything float: the classifier
-  // The same as `depthwise`, `patches` and `multiply`, with u8 as the matrix's type and signed bytes as weights: K counts
-  // up to a multiple of 4, or of 64 where they `interleave`. Sums are exact. Null where there are none.
+  // The same as `depthwise`, `patches` and `multiply`, with u8 as the matrix's type and signed bytes as weights: K
+  // counts up to a multiple of 4, or of 64 where they `interleave`. Sums are exact. Null where there are none.
   void (*depthwise_u8)(const ProducerArgs&) = nullptr;
   void (*patches_u8)(const ProducerArgs&) = nullptr;
   void (*multiply_u8)(const MultiplyArgs&) = nullptr;

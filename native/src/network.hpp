@@ -165,9 +165,10 @@ class Network {
 
   // Each adds a layer and returns the number of its value; value 0 is the image. Weights are [out, k, k, in] and
   // filters [k, k, channels]; a bias may be empty. Throws std::invalid_argument, and then nothing was added.
-  // A layer with `steps`, one a channel of what its product reads (of a separable layer: between its two convolutions),
-  // multiplies bytes: what is there counts steps (without activation from -128 to 127, behind a ReLU from 0 to 255, what
-  // lies beyond is cut off), and each output channel's weights are rounded to 127 parts of the largest.
+  // A layer with `steps`, one a channel of what its product reads (of a separable layer: between its two
+  // convolutions), multiplies bytes: what is there counts steps (without activation from -128 to 127, behind a ReLU
+  // from 0 to 255, what lies beyond is cut off), and each output channel's weights are rounded to 127 parts of the
+  // largest.
   // `load` brings the image (or, with `channels`, what is given beside it) into the layout that the other layers work on;
   // a convolution reads an image of few channels by itself.
   int load(int channels);

@@ -258,8 +258,8 @@ inline void windows_of_row(const Window& w, bool outside, Value nothing, Count c
   }
 }
 
-// Patches in bytes, which count steps of a size a channel: `weights` is how many of them make one, and what lies beyond a
-// byte is cut off.
+// Patches in bytes, which count steps of a size a channel: `weights` is how many of them make one, and what lies beyond
+// a byte is cut off.
 template <class S>
 void patches_u8(const ProducerArgs& a) {
   const Window& w = a.window;

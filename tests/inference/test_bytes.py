@@ -20,6 +20,7 @@ import xception
 from xception.errors import ConfigError
 from xception.inference.lowering import lower
 from xception.inference.quantize import steps_of
+from xception.models.layers import ConvNorm
 from xception.ops import backend, reference
 
 pytest.importorskip("xception._native")
@@ -34,7 +35,7 @@ if "avx512_fp16" in backend.detected_features():
 
 @dataclass(frozen=True)
 class Case:
-    """A separable layer, its input's size, and what is around it."""
+    """A separable layer (or a regular one), its input's size, and what is around it."""
 
     images: int = 1
     height: int = 7
@@ -51,6 +52,7 @@ class Case:
     threads: int = 1
     latency: bool = False
     beyond: bool = False  # numbers that a byte does not hold
+    regular: bool = False  # whose bytes are rectified with `input_relu`, and which has no `middle`
 
 
 class Layer:
@@ -75,43 +77,57 @@ class Layer:
         self.bias = random.integers(-64, 65, case.out_channels).astype(np.float32) if case.bias else None
         shape = (case.images, case.height, case.width, case.channels)
         self.x = random.integers(-2, 3, shape).astype(np.float32)
+        if case.regular:
+            self.x = (random.integers(-5, 6, shape) * self.steps * (factor / 2)).astype(np.float32)
+            self.parts = random.integers(-7, 8, (case.out_channels, taps * case.channels)).astype(np.float64)
+            self.parts[:, random.integers(0, taps * case.channels)] = 127
+            self.weights = (self.parts * self.part[:, None] / np.tile(self.steps, taps)).astype(np.float32)
 
     def expected(self) -> Tensor:
         """In float64, by plain PyTorch, but for the last rounding."""
         case = self.case
         y = torch.from_numpy(self.x).double().permute(0, 3, 1, 2)
         y = reference.pad_same(F.relu(y) if case.input_relu else y, case.kernel, case.stride, case.dilation)
+        if case.regular:
+            low, high = (0, 255) if case.input_relu else (-128, 127)
+            counted = torch.round(y / torch.from_numpy(self.steps).double()[:, None, None]).clamp(low, high)
+            parts = torch.from_numpy(self.parts).reshape(-1, case.kernel, case.kernel, case.channels)
+            parts = parts.permute(0, 3, 1, 2)
+            return self.finished(F.conv2d(counted, parts, stride=case.stride, dilation=case.dilation))
         filters = torch.from_numpy((self.filters / self.steps).T.copy()).double()
         bias = None if self.filter_bias is None else torch.from_numpy(self.filter_bias / self.steps).double()
         filters = filters.reshape(case.channels, 1, case.kernel, case.kernel)
         y = F.conv2d(y, filters, bias, groups=case.channels, stride=case.stride, dilation=case.dilation)
         low, high = (0, 255) if case.middle == "relu" else (-128, 127)
         counted = torch.round(y).clamp(low, high)  # ties to even
-        sums = F.conv2d(counted, torch.from_numpy(self.parts)[:, :, None, None])
+        return self.finished(F.conv2d(counted, torch.from_numpy(self.parts)[:, :, None, None]))
+
+    def finished(self, sums: Tensor) -> Tensor:
         out = sums * torch.from_numpy(self.part)[:, None, None]
         if self.bias is not None:
             out = out + torch.from_numpy(self.bias).double()[:, None, None]
-        return reference.activate(out, case.activation)  # type: ignore[arg-type]
+        return reference.activate(out, self.case.activation)  # type: ignore[arg-type]
 
     def computed(self, level: str) -> Tensor:
         """By the kernels, into memory that held something else."""
         case = self.case
         net = network(level, "bf16", case.channels, case.threads, case.latency)
-        value = net.separable(
-            net.load(),
-            filters=self.filters,
-            filter_bias=self.filter_bias,
-            weights=self.weights,
-            bias=self.bias,
-            middle=case.middle,
-            activation=case.activation,
-            kernel=case.kernel,
-            stride=case.stride,
-            dilation=case.dilation,
-            padding="same",
-            input_relu=case.input_relu,
-            steps=self.steps,
-        )
+        options: dict[str, Any] = {
+            "weights": self.weights,
+            "bias": self.bias,
+            "activation": case.activation,
+            "kernel": case.kernel,
+            "stride": case.stride,
+            "dilation": case.dilation,
+            "padding": "same",
+            "input_relu": case.input_relu,
+            "steps": self.steps,
+        }
+        if case.regular:
+            value = net.convolution(net.load(), **options)
+        else:
+            between = {"filters": self.filters, "filter_bias": self.filter_bias, "middle": case.middle}
+            value = net.separable(net.load(), **between, **options)
         output = np.full((case.images, *net.shape(value, case.height, case.width)), 12345.0, np.float32)
         net.run(self.x, value, output)
         return torch.from_numpy(output).permute(0, 3, 1, 2)
@@ -145,6 +161,7 @@ def cases(draw: st.DrawFn) -> Case:
         threads=draw(st.integers(1, 3)),
         latency=draw(st.booleans()),
         beyond=draw(st.booleans()),
+        regular=draw(st.booleans()),
     )
 
 
@@ -156,6 +173,9 @@ def cases(draw: st.DrawFn) -> Case:
 @example(case=Case(height=96, width=90, channels=64, out_channels=40))  # in strips
 @example(case=Case(channels=40, beyond=True))
 @example(case=Case(channels=40, beyond=True, middle="relu"))
+@example(case=Case(height=60, width=60, channels=32, out_channels=64, input_relu=True, regular=True))  # the stem's
+@example(case=Case(channels=70, out_channels=40, kernel=1, stride=2, beyond=True, regular=True))  # a shortcut
+@example(case=Case(height=1, width=2, channels=3, kernel=5, dilation=3, regular=True))  # all windows hang over
 def test_layers_are_exact(level: str, case: Case) -> None:
     check(case, level)
 
@@ -259,15 +279,26 @@ def test_wrong_steps_are_refused() -> None:
             net.separable(value, **{**weights, **options}, kernel=3, steps=steps)
     with pytest.raises(TypeError):
         net.separable(value, **weights, kernel=3, steps=np.ones(3))
+    one = np.ones(3, np.float32)
+    for at, numbers, options, message in (
+        (value, np.ones((4, 27), np.float32), {"steps": np.ones(2, np.float32)}, "expected 3 numbers as steps, got 2"),
+        (value, np.ones((4, 27), np.float32), {"steps": -one}, "expected steps above zero"),
+        (value, np.full((4, 27), np.nan, np.float32), {"steps": one}, "expected finite weights"),
+        (0, np.ones((4, 27), np.float32), {"steps": one}, "the image is not counted in steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net.convolution(at, weights=numbers, kernel=3, **options)
+    wide = network("scalar", "bf16", 4000)
+    with pytest.raises(ValueError, match="expected at most 32,768 bytes a sum"):
+        wide.convolution(
+            wide.load(), weights=np.ones((1, 36000), np.float32), kernel=3, steps=np.ones(4000, np.float32)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ whole networks
 
-# Those that have a separable convolution without ELU.
-NETWORKS = [name for name in COVERED if name not in ("ELU between", "pointwise first", "segments", "many channels")]
 
-
-@pytest.mark.parametrize("case", NETWORKS)
+@pytest.mark.parametrize("case", COVERED)
 def test_networks(case: str) -> None:
     """Near the reference; the same in every batch, mode and number of threads."""
     name, options, size = COVERED[case]
@@ -309,8 +340,14 @@ def test_which_layers_count_in_steps() -> None:
     batch = np.random.default_rng(0).normal(0, 1, (3, 64, 64, 3)).astype(np.float32)
     steps = steps_of(model, batch)
     pointwise = {m.pointwise for m in model.modules() if hasattr(m, "pointwise")}
-    assert set(steps) == pointwise
-    assert all(s.dtype == np.float32 and s.shape == (m.in_channels,) and (s > 0).all() for m, s in steps.items())  # type: ignore[index]
+    maps = {m.conv for m in model.modules() if isinstance(m, ConvNorm)} - {model.entry_flow.stem.conv1.conv}  # type: ignore[union-attr]
+    assert set(steps) == pointwise | maps
+    rectified = {model.entry_flow.stem.conv2.conv, model.entry_flow.block1.shortcut.conv}  # type: ignore[union-attr]
+    for conv, counted in steps.items():
+        sizes = counted.steps
+        assert (sizes.dtype, sizes.shape) == (np.float32, (conv.in_channels,))
+        assert (sizes > 0).all()
+        assert counted.signed == (conv not in rectified)
     # Nothing of these images is cut off.
     seen: dict[Any, Tensor] = {}
     for module in model.modules():
@@ -321,13 +358,21 @@ def test_which_layers_count_in_steps() -> None:
                 seen[conv.pointwise] = conv.depthwise(x).abs().amax((0, 2, 3))
 
             module.register_forward_pre_hook(note)
+        elif isinstance(module, ConvNorm) and module.conv in steps:
+
+            def note_map(unit: Any, inputs: tuple[Tensor]) -> None:
+                seen[unit.conv] = inputs[0].abs().amax((0, 2, 3))
+
+            module.register_forward_pre_hook(note_map)
     with torch.inference_mode():
         model(torch.from_numpy(batch).permute(0, 3, 1, 2))
+    assert set(seen) == set(steps)
     for conv, found in seen.items():
-        counted = found / torch.from_numpy(steps[conv])
-        assert float(counted.max()) == pytest.approx(127, rel=1e-3)
+        counted = found / torch.from_numpy(steps[conv].steps)  # type: ignore[assignment]
+        assert float(counted.max()) == pytest.approx(127 if steps[conv].signed else 255, rel=1e-3)  # type: ignore[attr-defined]
     none = model_of("xception", {**COVERED["ELU between"][1]})
-    assert steps_of(none, batch) == {}
+    assert {conv.kernel_size for conv in steps_of(none, batch)} == {(3, 3), (1, 1)}  # the stem's and the shortcuts
+    assert not any(hasattr(m, "pointwise") and m.pointwise in steps_of(none, batch) for m in none.modules())
 
 
 def test_channels_that_were_always_zero_have_a_step() -> None:

@@ -43,7 +43,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Counted:
-    """What a product of bytes reads: the size of a step for each channel; from -128 to 127 of them, or from 0 to 255."""
+    """What a product of bytes reads: the size of a step for each channel; -128 to 127 of them, or 0 to 255."""
 
     steps: Array
     signed: bool

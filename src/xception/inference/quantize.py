@@ -1,9 +1,9 @@
 """Products of bytes: the steps in which what a convolution reads is counted.
 
 Of a separable convolution that is what its depthwise half gives; of the stem's second one and of shortcuts, the map
-itself. It is counted in steps of a size for each channel, from -128 to 127 (where nothing is below zero, from 0 to 255),
-and weighed in 127 parts of each output channel's largest weight; the product itself is exact. The steps' sizes go into
-the depthwise filters and out of the 1x1 weights, so they cost nothing there.
+itself. It is counted in steps of a size for each channel, from -128 to 127 (where nothing is below zero, from 0 to
+255), and weighed in 127 parts of each output channel's largest weight; the product itself is exact. The steps' sizes go
+into the depthwise filters and out of the 1x1 weights, so they cost nothing there.
 
 One size for all channels wastes the range of most of them; the finest for each makes the weights of rarely large
 channels so coarse, and cuts off so much of what calibration has not seen, that it is worse still. So a channel's step
@@ -37,8 +37,8 @@ def steps_of(model: nn.Module, images: NDArray[np.float32]) -> dict[nn.Module, C
     """The size of a step for each channel that a convolution of `model` reads.
 
     `images` are N H W C, normalised, and should be like those to come: two or three dozen are enough. The convolution
-    that reads them, those behind an ELU, and 1x1 that come before their depthwise one are left out. Raises `ConfigError`
-    where there is no image, or what the network makes of one is not finite.
+    that reads them, those behind an ELU, and 1x1 that come before their depthwise one are left out. Raises
+    `ConfigError` where there is no image, or what the network makes of one is not finite.
     """
     if len(images) == 0:
         raise ConfigError("expected at least one calibration image for int8, got none")
@@ -97,7 +97,7 @@ class _Range:
         self.largest = torch.maximum(self.largest, numbers.abs().amax((0, 2, 3)))
 
     def steps(self) -> Array:
-        """Steps that grow with the cube root of each channel's largest number, and of which the range holds them all."""
+        """They grow with the cube root of each channel's largest number, and the range holds them all."""
         largest = self.largest.double()
         sizes = largest.clamp_min(1e-30) ** (1 / 3)
         sizes = torch.maximum(sizes, sizes.max() * _FINEST)

@@ -43,7 +43,7 @@ _OTHER_LEVELS: tuple[str, ...] = ("scalar",)
 _PART_OF = {"avx512_vnni": "avx512", "avx512_bf16": "avx512"}
 
 # The interface of the extension that this version of the package works with: `kInterface` in bindings.cpp.
-_INTERFACE = 9
+_INTERFACE = 10
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
