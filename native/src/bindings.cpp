@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -24,7 +25,7 @@ namespace {
 
 // Raised with every change of this module's interface. xception/ops/backend.py expects the same number, so
 // that an extension left over from an earlier editable install is noticed instead of misused.
-constexpr int kInterface = 10;
+constexpr int kInterface = 11;
 
 nb::dict to_dict(const xception::CpuFeatures& features) {
   nb::dict out;
@@ -67,9 +68,9 @@ int size_of(std::size_t value) {
 }
 
 std::unique_ptr<xception::Network> make_network(const std::string& level, const std::string& type, int channels,
-                                                int threads, bool latency) {
+                                                std::shared_ptr<xception::Crews> crews, bool latency) {
   if (!runs_kernels(level, type)) throw std::invalid_argument("this processor does not run kernels for '" + level + "'");
-  return std::make_unique<xception::Network>(level, type_of(type), channels, threads, latency);
+  return std::make_unique<xception::Network>(level, type_of(type), channels, std::move(crews), latency);
 }
 
 // The arrays as what a run reads, checked against each other and the network.
@@ -179,8 +180,11 @@ void bind_optimiser(nb::module_& m) {
 void bind_network(nb::module_& m) {
   using xception::Network;
   const auto given = "input"_a;
+  nb::class_<xception::Crews>(m, "Crews", "Threads and the memory of their runs, for networks that may share them.")
+      .def(nb::new_([](int threads) { return std::make_shared<xception::Crews>(threads); }), "threads"_a)
+      .def_prop_ro("threads", &xception::Crews::threads);
   nb::class_<Network>(m, "Network", "A network whose layers are added one by one, run without Python in between.")
-      .def(nb::new_(&make_network), "level"_a, "type"_a, "channels"_a, "threads"_a,
+      .def(nb::new_(&make_network), "level"_a, "type"_a, "channels"_a, "crews"_a,
            "latency"_a = false)
       .def(
           "convolution",

@@ -346,7 +346,10 @@ void Network::run(const Images& images, int value, float* output) {
   check(images, value);
   const int count = images.count, height = images.height, width = images.width;
   if (count == 0) return;
-  const int threads = team_.size();
+  const int threads = crews_->threads();
+  const Crews::Lease lease(*crews_);
+  Crew& crew = *lease;
+  std::vector<Worker>& workers = crew.workers;
   // Small images go through the layers together, so that weights are worth loading; and where a layout takes few of its
   // images at a time, more for the layers with the most weights.
   const int few = images_together(height, width);
@@ -405,14 +408,14 @@ void Network::run(const Images& images, int value, float* output) {
     const Layout& layout = layout_for(images, std::min(together, count), value);
     const int rest = grouped % together;  // of one thread, the last group may be smaller
     const Layout* last = rest == 0 ? &layout : &layout_for(images, rest, value);
-    for (Worker& worker : workers_) {
+    for (Worker& worker : workers) {
       reserve(worker, layout, true);
       reserve(worker, *last, true);
       if (wide_kernels_ != nullptr) reserve(worker, single, true);
     }
     std::atomic<int> next{0};
-    team_.run([&](int thread) {
-      Worker& worker = workers_[index_of(thread)];
+    crew.team.run([&](int thread) {
+      Worker& worker = workers[index_of(thread)];
       begin_thread();
       for (int group = next.fetch_add(1); group < groups; group = next.fetch_add(1)) {
         const int first = group * together;
@@ -428,14 +431,14 @@ void Network::run(const Images& images, int value, float* output) {
   }
   // What is left is less than one group for each: all threads work on the same images, layer by layer.
   const auto shared = [&](const Kernels& kernels, const Layout& layout, int first) {
-    reserve(workers_[0], layout, true);
-    for (Worker& worker : workers_) reserve(worker, layout, false);
+    reserve(workers[0], layout, true);
+    for (Worker& worker : workers) reserve(worker, layout, false);
     Barrier barrier(threads);
     std::atomic<bool> fits{true};
-    team_.run([&](int thread) {
+    crew.team.run([&](int thread) {
       begin_thread();
-      Worker& worker = workers_[index_of(thread)];
-      if (!pass(kernels, layout, first, worker, workers_[0], {thread, threads}, &barrier)) fits = false;
+      Worker& worker = workers[index_of(thread)];
+      if (!pass(kernels, layout, first, worker, workers[0], {thread, threads}, &barrier)) fits = false;
       end_thread();
     });
     return fits.load();
@@ -447,6 +450,7 @@ void Network::run(const Images& images, int value, float* output) {
         if (left == 1 || !shared(preferred, single, image)) shared(*wide_kernels_, single, image);
     first += left;
   }
+  arena_bytes_ = crew.bytes();
 }
 
 std::vector<double> Network::profile(const Images& images, int value, int repeats) {
@@ -456,7 +460,8 @@ std::vector<double> Network::profile(const Images& images, int value, int repeat
   Images several = images;
   several.count = std::max(images.count, 1);
   Layout layout = lay_out(several, value, /*chains=*/false);  // each layer by itself
-  Worker& worker = workers_[0];
+  const Crews::Lease lease(*crews_);
+  Worker& worker = (*lease).workers[0];
   reserve(worker, layout, true);
   worker.kernels = filters_fit_ || wide_kernels_ == nullptr ? kernels_ : wide_kernels_;
   if (kernels_->begin_thread != nullptr) kernels_->begin_thread();

@@ -4,15 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
-
-#if defined(_WIN32)
-#include <malloc.h>
-#elif defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "cpu_features.hpp"
 #include "halves.hpp"
@@ -25,32 +17,6 @@ namespace {
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 }  // namespace
-
-Buffer::Buffer(std::size_t bytes) : size_(bytes) {
-  constexpr std::size_t kLargePage = 2 << 20;
-  const std::size_t rounded = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes + kLineBytes;
-  const std::size_t alignment = rounded >= kLargePage ? kLargePage : kLineBytes;
-  const std::size_t whole = (rounded + alignment - 1) / alignment * alignment;
-#if defined(_WIN32)
-  void* p = _aligned_malloc(whole, alignment);
-#else
-  void* p = std::aligned_alloc(alignment, whole);
-#endif
-  if (p == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  // Few entries of the translation buffer instead of hundreds; a system that has no large pages says no.
-  if (alignment == kLargePage) madvise(p, whole, MADV_HUGEPAGE);
-#endif
-  data_.reset(static_cast<std::byte*>(p));
-}
-
-void Buffer::Free::operator()(std::byte* p) const {
-#if defined(_WIN32)
-  _aligned_free(p);
-#else
-  std::free(p);
-#endif
-}
 
 const Kernels& kernels_for(const std::string& level, Type type) {
 #if defined(XCEPTION_HAS_X86_KERNELS)
@@ -83,14 +49,12 @@ const Kernels* wide_kernels_for(const std::string& level, Type type) {
 #endif
 }
 
-Network::Network(const std::string& level, Type type, int channels, int threads, bool latency)
+Network::Network(const std::string& level, Type type, int channels, std::shared_ptr<Crews> crews, bool latency)
     : level_(level), kernels_(&kernels_for(level, type)), wide_kernels_(wide_kernels_for(level, type)), type_(type),
-      latency_(latency), team_(threads) {
+      latency_(latency), crews_(std::move(crews)) {
   if (channels < 1 || channels > 1 << 20) refuse("expected images of 1 to 1,048,576 channels");
-  if (threads < 1 || threads > 1024) refuse("expected 1 to 1024 threads");
   channels_ = {channels};
   reduced_ = {false};
-  workers_.resize(static_cast<std::size_t>(threads));
 }
 
 int Network::channels_of(int value) const {
@@ -367,11 +331,7 @@ std::size_t Network::weight_bytes() const {
 
 std::size_t Network::arena_bytes() const {
   const std::lock_guard lock(mutex_);
-  std::size_t total = 0;
-  for (const Worker& worker : workers_)
-    for (const Buffer* buffer : {&worker.arena, &worker.matrices[0], &worker.matrices[1], &worker.ring, &worker.zeros})
-      total += buffer->size();
-  return total;
+  return arena_bytes_;
 }
 
 }  // namespace xception

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "crew.hpp"
 #include "kernels.hpp"
 #include "sizes.hpp"
-#include "team.hpp"
 
 namespace xception {
 
@@ -25,22 +25,6 @@ struct Sampling {
 };
 
 enum class Kind : std::uint8_t { load, image, depthwise, convolution, grouped, separable, pool, reduce, linear };
-
-// Memory for kernels: aligned to lines, and not initialised.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(std::size_t bytes);
-  std::byte* data() const { return data_.get(); }
-  std::size_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(std::byte* p) const;
-  };
-  std::unique_ptr<std::byte[], Free> data_;
-  std::size_t size_ = 0;
-};
 
 struct Section;
 
@@ -159,9 +143,10 @@ inline LayerKernels kernels_of(const Layer& layer, const Kernels& kernels) {
 
 class Network {
  public:
-  // `level` is one of the instruction sets that `best_kernels` knows; `threads` work on a run.
+  // `level` is one of the instruction sets that `best_kernels` knows.
   // Of several images each thread takes some through the network, or, for `latency`, all work on the same.
-  Network(const std::string& level, Type type, int channels, int threads, bool latency);
+  // Networks may share their crews: what runs one after the other then works in the same memory.
+  Network(const std::string& level, Type type, int channels, std::shared_ptr<Crews> crews, bool latency);
 
   // Each adds a layer and returns the number of its value; value 0 is the image. Weights are [out, k, k, in] and
   // filters [k, k, channels]; a bias may be empty. Throws std::invalid_argument, and then nothing was added.
@@ -201,18 +186,12 @@ class Network {
 
   int image_channels() const { return channels_[0]; }
   int beside_channels() const;  // 0: none is read
-  int threads() const { return team_.size(); }
+  int threads() const { return crews_->threads(); }
   const std::string& level() const { return level_; }
   std::size_t weight_bytes() const;
-  std::size_t arena_bytes() const;  // of the largest run so far
+  std::size_t arena_bytes() const;  // all memory of the latest run, or 0
 
  private:
-  struct Worker {
-    const Kernels* kernels = nullptr;  // during a run
-    // Two matrices: while one is multiplied, the next is written.
-    Buffer arena, matrices[2], bands, ring, zeros, workspace;
-    std::size_t zero_lines = 0;
-  };
   struct Part {  // which share of each layer's rows a thread does, of how many
     int index, count;
   };
@@ -267,8 +246,8 @@ class Network {
   std::vector<int> channels_;   // of each value
   std::vector<bool> reduced_;   // whether a value is [channels / 16][images][16] floats
   mutable ProcessMutex mutex_;
-  Team team_;
-  std::vector<Worker> workers_;
+  std::shared_ptr<Crews> crews_;
+  std::size_t arena_bytes_ = 0;
   std::map<std::vector<int>, Layout> layouts_;
 };
 

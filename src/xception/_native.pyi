@@ -25,10 +25,17 @@ def interpret_x86(
     tile_permission: bool = False,
 ) -> dict[str, bool]: ...
 
+class Crews:
+    """Threads and the memory of their runs, for networks that may share them."""
+
+    threads: int
+
+    def __init__(self, threads: int) -> None: ...
+
 class Network:
     """A network whose layers are added one by one, run without Python in between; see native/src/network.hpp."""
 
-    def __init__(self, level: str, type: str, channels: int, threads: int, latency: bool = False) -> None: ...
+    def __init__(self, level: str, type: str, channels: int, crews: Crews, latency: bool = False) -> None: ...
     @property
     def threads(self) -> int: ...
     @property

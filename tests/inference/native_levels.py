@@ -37,4 +37,4 @@ TOLERANCE = {"fp32": 2e-6, "bf16": 1.2e-2, "fp16": 1.5e-3}
 
 def network(level: str, kind: str, channels: int, threads: int = 1, latency: bool = False) -> native.Network:
     """An empty network for these kernels."""
-    return native.Network(level, kind, channels, threads, latency=latency)
+    return native.Network(level, kind, channels, native.Crews(threads), latency=latency)

@@ -99,7 +99,7 @@ def test_large_maps(case: str, level: str, kind: str) -> None:
         close(results[-1], expected, kind)
     assert torch.equal(results[0], results[1])
     largest = 116 * 144 * 64 * (4 if kind == "fp32" else 2)  # one map of the first module
-    assert arenas[0] < (5 if level.startswith("amx") else 4) * largest  # on tiles there are two matrices
+    assert arenas[0] < (5.5 if level.startswith("amx") else 4) * largest  # on tiles there are two matrices
 
 
 def test_what_is_not_covered_runs_in_torch_and_says_so(without_openvino: None) -> None:

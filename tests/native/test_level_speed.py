@@ -30,7 +30,7 @@ def numbers(*shape: int) -> NDArray[np.float32]:
 
 def inference(level: str) -> float:
     """Seconds of a separable layer."""
-    net = native.Network(level, "fp32", CHANNELS, 1, latency=False)
+    net = native.Network(level, "fp32", CHANNELS, native.Crews(1), latency=False)
     layer = net.separable(
         net.load(), filters=numbers(9, CHANNELS), weights=numbers(CHANNELS, CHANNELS), kernel=3, padding="same"
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,10 +145,48 @@ def test_packed_weights_follow_the_tensors() -> None:
         close(separable.separable_conv2d(x, depthwise, pointwise), reference.separable_conv2d(x, depthwise, pointwise))
         pointwise.mul_(2)
         depthwise[0] = 7
-    for _ in range(300):  # more than are kept; new tensors may have the addresses of old ones
+    alive = []
+    for i in range(600):  # new tensors may have the addresses of old ones
         pointwise = torch.randn(3, 8, 1, 1)
+        if i % 2 == 0:  # more than are kept
+            alive.append(pointwise)
         close(separable.separable_conv2d(x, depthwise, pointwise), reference.separable_conv2d(x, depthwise, pointwise))
-    assert len(separable._NETWORKS._kept) <= 256
+    assert len(separable._NETWORKS) == 256
+
+
+@native
+def test_layers_go_with_their_weights() -> None:
+    kept = separable._NETWORKS
+    gc.collect()
+    before = len(kept)
+    x = torch.randn(1, 5, 7, 9)
+    weights = [torch.randn(5, 1, 3, 3) for _ in range(4)]
+    for _ in range(3):  # of three versions the last is kept
+        for weight in weights:
+            separable.depthwise_conv2d(x, weight)
+            weight.mul_(2)
+    assert len(kept) == before + 4
+    del weight, weights[1:]
+    gc.collect()
+    assert len(kept) == before + 1
+    close(separable.depthwise_conv2d(x, weights[0]), reference.depthwise_conv2d(x, weights[0]))
+
+
+@native
+def test_layers_share_their_memory() -> None:
+    x = torch.randn(1, 32, 256, 256)  # 8 MB
+    weights = [torch.randn(32, 1, 3, 3) for _ in range(40)]
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    with torch.inference_mode():
+        for weight in weights[:4]:
+            separable.depthwise_conv2d(x, weight)
+        before = resident()
+        for weight in weights:
+            separable.depthwise_conv2d(x, weight)
+    assert resident() - before < 150 << 20, "each of 36 layers has kept its own"
 
 
 @native
@@ -154,8 +195,9 @@ def test_nothing_is_said_at_the_end() -> None:
     code = """
 import torch
 from xception.ops import separable
-separable.separable_conv2d(torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(5, 8, 1, 1))
-print(len(separable._NETWORKS._kept))
+x, depthwise, pointwise = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(5, 8, 1, 1)
+separable.separable_conv2d(x, depthwise, pointwise)
+print(len(separable._NETWORKS))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("1\n", "")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Literal
 
+    from xception._native import Crews as Crews
     from xception._native import Network as Network
     from xception._native import Optimiser as Optimiser
     from xception._native import UnitTrainer as UnitTrainer
@@ -43,7 +44,7 @@ _OTHER_LEVELS: tuple[str, ...] = ("scalar",)
 _PART_OF = {"avx512_vnni": "avx512", "avx512_bf16": "avx512"}
 
 # The interface of the extension that this version of the package works with: `kInterface` in bindings.cpp.
-_INTERFACE = 10
+_INTERFACE = 11
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -207,17 +208,29 @@ def fast_precision() -> Precision:
     return "bf16" if kernel_level("bf16") in ("amx_bf16", "avx512_bf16") else "fp32"
 
 
-def new_network(precision: NetworkPrecision, channels: int, threads: int, *, latency: bool = False) -> Network:
+def new_crews(threads: int) -> Crews:
+    """Threads, and the memory that they run in, for networks that share them; raises like `new_network`."""
+    if _native is None:
+        raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
+    crews: Crews = _native.Crews(threads)
+    return crews
+
+
+def new_network(
+    precision: NetworkPrecision, channels: int, threads: int, *, latency: bool = False, crews: Crews | None = None
+) -> Network:
     """An empty network of the compiled executor, for the strongest kernels; see `_native.pyi`.
 
-    One of "int8" holds bf16, and multiplies bytes in those separable layers that are given `steps`.
+    One of "int8" holds bf16, and multiplies bytes in those layers that are given `steps`. `crews` of as many threads
+    are shared with other networks.
 
     Raises ConfigError where the extension is missing, and like `cpu_features`.
     """
     if _native is None:
         raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
     held = "bf16" if precision == "int8" else precision
-    network: Network = _native.Network(kernel_level(precision), held, channels, threads, latency=latency)
+    crews = new_crews(threads) if crews is None else crews
+    network: Network = _native.Network(kernel_level(precision), held, channels, crews, latency=latency)
     return network
 
 

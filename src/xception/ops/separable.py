@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from xception.ops import backend, reference
 from xception.ops.reference import Activation, Order, Padding
 
 if TYPE_CHECKING:
-    from xception.ops.backend import Network
+    from xception.ops.backend import Crews, Network
 
 _SAME = -1  # `padding` of the operators, which take whole numbers only
 
@@ -343,17 +344,40 @@ def _add_depthwise(
     )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A layer, and which weights it was made of."""
+
+    weights: tuple[weakref.ref[Tensor] | None, ...]
+    versions: tuple[int, ...]
+    network: Network
+    value: int
+
+    def is_of(self, weights: tuple[Tensor | None, ...]) -> bool:
+        same = all(w is None if ref is None else ref() is w for ref, w in zip(self.weights, weights, strict=True))
+        return same and self.versions == _versions(weights)
+
+    def is_lost(self) -> bool:
+        return any(ref is not None and ref() is None for ref in self.weights)
+
+
 class _Networks:
     """One layer of the executor for each set of weights, packed once and kept while the weights stay as they are.
 
-    The keys are the tensors themselves, by identity and version, so that an update in place is noticed; nothing keeps
-    a tensor alive. The least recently used are dropped beyond `capacity`.
+    The keys are the tensors themselves, by identity; a version says whether one was updated in place. Nothing keeps a
+    tensor alive, and what was made of one goes with it. The least recently used are dropped beyond `capacity`. All run
+    in the same memory, which goes with the last of them.
     """
 
     def __init__(self, capacity: int = 256) -> None:
         self._capacity = capacity
-        self._kept: OrderedDict[Any, tuple[Any, Network, int]] = OrderedDict()
+        self._kept: OrderedDict[Any, _Kept] = OrderedDict()
+        self._crews: dict[int, Crews] = {}  # by the number of threads
         self._lock = threading.Lock()
+        self._lost: deque[Any] = deque()  # keys of which a tensor is gone
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def run(
         self,
@@ -374,24 +398,48 @@ class _Networks:
         self, channels: int, weights: tuple[Tensor | None, ...], key: tuple[Any, ...], build: Any
     ) -> tuple[Network, int]:
         level, threads = backend.kernel_level("fp32"), torch.get_num_threads()
-        full = (key, level, threads, *((id(w), _version(w)) if w is not None else None for w in weights))
+        full = (key, level, threads, *(None if w is None else id(w) for w in weights))
         with self._lock:
+            self._drop_lost()
             found = self._kept.get(full)
-            if found is not None and all(ref is None or ref() is w for ref, w in zip(found[0], weights, strict=True)):
+            if found is not None and found.is_of(weights):
                 self._kept.move_to_end(full)
-                return found[1], found[2]
-        network = backend.new_network("fp32", channels, threads)
+                return found.network, found.value
+            crews = self._crews.get(threads)
+            if crews is None:
+                crews = self._crews[threads] = backend.new_crews(threads)
+        versions = _versions(weights)
+        network = backend.new_network("fp32", channels, threads, crews=crews)
         value = build(network)
-        references = tuple(None if w is None else weakref.ref(w) for w in weights)
+
+        def lost(_: Any) -> None:
+            self._lost.append(full)
+            if self._lock.acquire(blocking=False):  # a collector calls this anywhere, also where the lock is held
+                try:
+                    self._drop_lost()
+                finally:
+                    self._lock.release()
+
+        references = tuple(None if w is None else weakref.ref(w, lost) for w in weights)
         with self._lock:
-            self._kept[full] = (references, network, value)
+            self._kept[full] = _Kept(references, versions, network, value)
+            self._kept.move_to_end(full)
             while len(self._kept) > self._capacity:
                 self._kept.popitem(last=False)
         return network, value
 
+    def _drop_lost(self) -> None:
+        while self._lost:
+            full = self._lost.popleft()
+            found = self._kept.get(full)
+            if found is not None and found.is_lost():
+                del self._kept[full]
+        if not self._kept:
+            self._crews.clear()
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(-1 if t is None or t.is_inference() else t._version for t in tensors)
 
 
 def _channels_last(x: Tensor) -> Any:
