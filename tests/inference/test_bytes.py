@@ -375,6 +375,18 @@ def test_which_layers_count_in_steps() -> None:
     assert not any(hasattr(m, "pointwise") and m.pointwise in steps_of(none, batch) for m in none.modules())
 
 
+def test_one_image_in_many_does_not_make_all_steps_coarse() -> None:
+    model: Any = model_of("xception", {**COVERED["the paper's, narrow"][1]})
+    random = np.random.default_rng(0)
+    batch = random.normal(0, 1, (30, 64, 64, 3)).astype(np.float32)
+    conv = model.entry_flow.stem.conv2.conv
+    before = steps_of(model, batch)[conv].steps
+    batch[7] *= 50
+    after = steps_of(model, batch)[conv].steps
+    assert (after < 25 * before).all()
+    assert (after > 5 * before).all()
+
+
 def test_channels_that_were_always_zero_have_a_step() -> None:
     model = model_of("xception", {**COVERED["the paper's, narrow"][1]})
     unit: Any = model.middle_flow[0].units[1]  # type: ignore[index, union-attr]
