@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from xception.benchmark import inference
-from xception.benchmark.case import ERROR_BOUNDS, Case, Loaded, System, Unsupported, Variant
+from xception.benchmark.case import ERROR_BOUNDS, Case, Loaded, Precision, System, Unsupported, Variant
 from xception.benchmark.inference import Run, Settings, cases_of, missing
 from xception.benchmark.session import Failed, LeftOut, Process, Session, Visit
 from xception.benchmark.systems import ALL_SYSTEMS, MACHINE, SYSTEMS
 from xception.benchmark.worker import relative_error, run
 from xception.errors import ConfigError
 from xception.inference.signal_stack import kept_signal_stack
+from xception.ops.backend import native_available
 
 NARROW: dict[str, Any] = {
     "entry_widths": (24, 40, 56), "middle_modules": 1, "exit_widths": (64, 72, 80), "num_classes": 7,
@@ -136,8 +137,13 @@ def test_compiled_by_inductor(folder: Path, system: str, precision: str) -> None
         session.close()
 
 
-def test_the_peak_is_that_of_a_matrix_product() -> None:
-    case = case_of(MACHINE, "matrix product")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_the_peak_is_that_of_a_matrix_product(precision: Precision) -> None:
+    case = case_of(MACHINE, "matrix product", precision=precision)
+    if precision == "int8" and not native_available():
+        with pytest.raises(Unsupported, match="without the compiled extension"):
+            ALL_SYSTEMS[MACHINE].load(case, Path(), np.zeros(1))
+        return
     assert run(ALL_SYSTEMS[MACHINE].load(case, Path(), np.zeros(1)), seconds=0.01, typical=True) > 0
 
 
