@@ -101,8 +101,9 @@ void Network::run_product(const Layer& layer, const Window& window, const Rows& 
                           const Company& company) const {
   const Kernels& kernels = *worker.kernels;
   MultiplyArgs product = product_for(layer, rows, worker);
-  const bool is_matrix = layer.kind == Kind::convolution && !layer.in_bytes && window.kernel == 1 && window.stride == 1 &&
-                         window.pad_top == 0 && window.pad_left == 0 && (!layer.input_relu || rows.input_rectified) &&
+  const bool is_matrix = layer.kind == Kind::convolution && !layer.in_bytes && window.kernel == 1 &&
+                         window.stride == 1 && window.pad_top == 0 && window.pad_left == 0 &&
+                         (!layer.input_relu || rows.input_rectified) &&
                          (kernels.matrix_type == kernels.type || rows.input_as_matrix) &&
                          window.out_width == window.in_width && window.out_height == window.in_height;
   const int strips = company.matrix != nullptr || company.follows ? 1 : strips_of(layer, window, rows.count);

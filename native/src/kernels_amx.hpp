@@ -40,7 +40,7 @@ constexpr Kernels table(Type type, Type matrix_type) {
       .multiply = multiply_tiles<Line, Half>,
       .multiply_f32 = multiply<DotFloat, float>,
       .depthwise_u8 = depthwise_lines<Line, u8>,
-      .patches_u8 = patches_u8<Stored>,
+      .patches_u8 = patches_u8<Stored>,  // in floats: how many steps make one may be beyond half precision
       .multiply_u8 = multiply_tiles<Line, u8>,
       .begin_thread = begin_tiles,
       .end_thread = end_tiles,

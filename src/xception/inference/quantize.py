@@ -36,7 +36,7 @@ _FINEST = 1 / 32  # of the coarsest step of a layer: a channel that was always z
 def steps_of(model: nn.Module, images: NDArray[np.float32]) -> dict[nn.Module, Counted]:
     """The size of a step for each channel that a convolution of `model` reads.
 
-    `images` are N H W C, normalised, and should be like those to come: two or three dozen are enough. The convolution
+    `images` are N H W C, normalised, and should be like those to come: one or two dozen are enough. The convolution
     that reads them, those behind an ELU, and 1x1 that come before their depthwise one are left out. Raises
     `ConfigError` where there is no image, or what the network makes of one is not finite.
     """
