@@ -38,7 +38,7 @@ void Network::reserve(Worker& worker, const Layout& layout, bool arena) {
   if (kernels_->interleaves) hold(worker.matrices[1], layout.matrix_bytes);
   hold(worker.bands, layout.band_bytes);
   hold(worker.ring, layout.ring_bytes);
-  hold(worker.workspace, kWorkspace);
+  hold(worker.workspace, kWorkspace + (kernels_->in_pieces ? pieces_room(layout.matrix_bytes) : 0));
   if (worker.zero_lines < layout.zero_lines) {
     worker.zeros = Buffer(layout.zero_lines * kLineBytes);
     std::fill_n(worker.zeros.data(), worker.zeros.size(), std::byte{0});

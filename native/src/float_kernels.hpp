@@ -25,5 +25,8 @@ constexpr Kernels float_kernels(Type type) {
   };
 }
 
-constexpr Kernels kTables[] = {float_kernels<float>(Type::f32), float_kernels<bf16>(Type::bf16),
-                               float_kernels<f16>(Type::f16)};
+inline const Kernels* float_tables(Type type) {
+  static constexpr Kernels tables[] = {float_kernels<float>(Type::f32), float_kernels<bf16>(Type::bf16),
+                                       float_kernels<f16>(Type::f16)};
+  return &tables[static_cast<int>(type)];
+}

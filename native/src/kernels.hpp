@@ -83,7 +83,7 @@ struct MultiplyArgs {
   std::int64_t output_block = 0;
   Activation activation = Activation::none;
   int first_panel = 0, panels = 0;
-  std::byte* workspace = nullptr;  // kWorkspace bytes of this thread
+  std::byte* workspace = nullptr;  // kWorkspace bytes of this thread, and where kernels work `in_pieces` room for those
   bool output_as_matrix = false;   // the output is stored in the matrix's type, where the kernels' two types differ
   int output_ring = 0;             // like ProducerArgs::input_ring, counted from first_panel
   // Where kernels `interleave`: a depthwise convolution that is done between the product's own steps, into another
@@ -94,6 +94,9 @@ struct MultiplyArgs {
 };
 
 inline constexpr std::size_t kWorkspace = 8192;
+// Room for the pieces of a matrix of floats of so many bytes, and for what tiles read behind the last pixel. Two lines of
+// K are three of pieces; a single one is, too.
+constexpr std::size_t pieces_room(std::size_t matrix_bytes) { return 3 * matrix_bytes + 32 * kLineBytes; }
 
 // The mean over each image's pixels, or the maximum: [C / L][images * pixels][L] -> float [C / 16][images][16].
 struct ReduceArgs {
@@ -122,6 +125,8 @@ struct Kernels {
   Type matrix_type = Type::f32;
   bool interleaves = false;   // `multiply` does `beside`
   bool half_filters = false;  // depthwise filters are half precision, [blocks][kernel * kernel][32]; bias [blocks * 32]
+  // Products of floats by those of bf16: `multiply` takes the matrix apart, and packed weights are taken apart already.
+  bool in_pieces = false;
   int depth_unit = 1;  // `multiply` reads K up to a multiple of this: weights are padded with zeros
   void (*depthwise)(const ProducerArgs&) = nullptr;
   void (*filter)(const ProducerArgs&) = nullptr;  // a depthwise convolution whose `matrix` is a map of the activations

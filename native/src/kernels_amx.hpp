@@ -18,6 +18,10 @@ namespace {
 #include "patch_lines.hpp"
 #if defined(XCEPTION_HALF_LANES)
 #include "pool_lines.hpp"
+#else
+#include "pieces.hpp"
+#include "multiply_pieces.hpp"
+#include "float_kernels.hpp"
 #endif
 
 // `Half` is the type of the matrix and the weights, the line's that of the activations.
@@ -68,13 +72,30 @@ constexpr Kernels kF16Table = half_table<f16>(Type::f16);
 constexpr Kernels kBf16Table = table<FloatLine<bf16>, bf16>(Type::bf16, Type::bf16);
 constexpr Kernels kF16Table = table<FloatLine<f16>, f16>(Type::f16, Type::f16);
 
+// Floats are multiplied in pieces; everything else of theirs is as without tiles.
+constexpr Kernels pieces_table() {
+  Kernels kernels = float_kernels<float>(Type::f32);
+  kernels.in_pieces = true;
+  kernels.depth_unit = 32;
+  kernels.multiply = multiply_pieces;
+  kernels.begin_thread = begin_tiles;
+  kernels.end_thread = end_tiles;
+  return kernels;
+}
+constexpr Kernels kF32Table = pieces_table();
+
 #endif
 
 }  // namespace
 
 const Kernels* kernels(Type type) {
   if (type == Type::bf16) return &kBf16Table;
-  return type == Type::f16 ? &kF16Table : nullptr;
+  if (type == Type::f16) return &kF16Table;
+#if defined(XCEPTION_HALF_LANES)
+  return nullptr;  // there is nothing in half precision about floats
+#else
+  return type == Type::f32 ? &kF32Table : nullptr;
+#endif
 }
 
 }  // namespace xception::XCEPTION_LEVEL

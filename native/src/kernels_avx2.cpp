@@ -11,6 +11,6 @@ namespace {
 
 }  // namespace
 
-const Kernels* kernels(Type type) { return &kTables[static_cast<int>(type)]; }
+const Kernels* kernels(Type type) { return float_tables(type); }
 
 }  // namespace xception::avx2

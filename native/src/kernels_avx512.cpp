@@ -12,6 +12,6 @@ namespace {
 
 }  // namespace
 
-const Kernels* kernels(Type type) { return &kTables[static_cast<int>(type)]; }
+const Kernels* kernels(Type type) { return float_tables(type); }
 
 }  // namespace xception::avx512

@@ -14,6 +14,6 @@ namespace {
 
 }  // namespace
 
-const Kernels* kernels(Type type) { return type == Type::bf16 ? &kTables[static_cast<int>(type)] : nullptr; }
+const Kernels* kernels(Type type) { return type == Type::bf16 ? float_tables(type) : nullptr; }
 
 }  // namespace xception::avx512_vnni

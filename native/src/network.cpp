@@ -24,7 +24,7 @@ const Kernels& kernels_for(const std::string& level, Type type) {
   if (level == "amx_bf16" || level == "amx_fp16") found = amx::kernels(type);
 #if defined(XCEPTION_HAS_FP16_KERNELS)
   if ((level == "amx_bf16" || level == "amx_fp16") && cpu_features().avx512_fp16 && cpu_features().avx512_bf16)
-    found = amx_half::kernels(type);
+    found = type == Type::f32 ? found : amx_half::kernels(type);
 #endif
   if (level == "amx_emulated") found = amx_emulated::kernels(type);
   if (level == "amx_half_emulated") found = amx_half_emulated::kernels(type);

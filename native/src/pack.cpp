@@ -1,5 +1,6 @@
 // How weights and filters lie in memory for the kernels.
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "halves.hpp"
@@ -19,23 +20,61 @@ Buffer padded(std::span<const float> values, int count) {
   return out;
 }
 
+// Three numbers of bf16 that sum to this one, each the nearest to what is left: exactly, since they have eight bits and
+// a float 24. Infinity, and NaN, is its own first one; what would round to infinity is cut off there.
+std::array<bf16, 3> pieces_of(float value) {
+  std::array<bf16, 3> pieces{};
+  for (bf16& piece : pieces) {
+    piece = to_bf16(value);
+    if (!std::isfinite(value)) break;
+    if (!std::isfinite(widen(piece))) --piece.bits;
+    value -= widen(piece);
+  }
+  return pieces;
+}
+
+// A panel in pieces, as `multiply_pieces` reads it: for each 32 steps of K and each piece 16 rows, of the 32 columns' pairs
+// of steps k and k + 16. Behind them a line that says whether a weight is infinite. `at`: of a column and a step.
+template <class At>
+void pack_pieces(At&& at, int depth, std::byte* panel) {
+  auto* to = reinterpret_cast<std::uint16_t*>(panel);
+  bool infinite = false;
+  constexpr int kPiece = 2 * kPanel * kGroup;
+  for (int line = 0; line < depth; line += 2 * kGroup, to += 3 * kPiece)
+    for (int row = 0; row < kGroup; ++row)
+      for (int n = 0; n < kPanel; ++n)
+        for (int j = 0; j < 2; ++j) {
+          const float value = at(n, line + j * kGroup + row);
+          infinite = infinite || std::isinf(value);
+          const std::array<bf16, 3> pieces = pieces_of(value);
+          for (int i = 0; i < 3; ++i) to[i * kPiece + (row * kPanel + n) * 2 + j] = pieces[index_of(i)].bits;
+        }
+  std::fill_n(reinterpret_cast<std::byte*>(to), kLineBytes, static_cast<std::byte>(infinite));
+}
+
 }  // namespace
 
-// Weights [out][depth] as panels of 32 output channels: for each step of four bytes of K, 32 floats, or 32 pairs.
+// Weights [out][depth] as panels of 32 output channels: for each step of four bytes of K, 32 floats, or 32 pairs; or
+// floats in pieces.
 void Network::pack(Layer& layer, std::span<const float> weights, std::span<const float> bias) {
   const bool reduced = layer.kind == Kind::linear;
   const Type type = reduced ? Type::f32 : kernels_->matrix_type;
   const int per_step = type == Type::f32 ? 1 : 2;
-  const int unit = reduced ? 1 : kernels_->depth_unit;
-  const int steps = rounded_up(rounded_up(layer.depth, unit), per_step) / per_step;
-  const int panels = rounded_up(layer.out_channels, kPanel) / kPanel;
-  layer.panel_bytes = static_cast<std::int64_t>(steps) * 2 * kLineBytes;
+  const int panels = panels_of(layer.out_channels);
+  layer.panel_bytes = reduced ? std::int64_t{layer.depth} * 2 * kLineBytes : xception::panel_bytes(*kernels_, layer.depth);
   layer.weights = Buffer(static_cast<std::size_t>(panels * layer.panel_bytes));
   layer.bias = padded(bias, panels * kPanel);
   const auto at = [&](int o, int k) {
     if (o >= layer.out_channels || k >= layer.depth) return 0.0f;
     return weights[static_cast<std::size_t>(o) * static_cast<std::size_t>(layer.depth) + static_cast<std::size_t>(k)];
   };
+  if (kernels_->in_pieces && !reduced) {
+    for (int p = 0; p < panels; ++p)
+      pack_pieces([&](int n, int k) { return at(p * kPanel + n, k); }, layer.depth,
+                  layer.weights.data() + p * layer.panel_bytes);
+    return;
+  }
+  const int steps = static_cast<int>(layer.panel_bytes / (2 * kLineBytes));
   auto* floats = reinterpret_cast<float*>(layer.weights.data());
   auto* halves = reinterpret_cast<std::uint16_t*>(layer.weights.data());
   for (int p = 0; p < panels; ++p)

@@ -23,6 +23,14 @@ constexpr int whole_lines(int channels, Type type) {
   return rounded_up(channels, type == Type::u8 ? kPanel : lane_count(type));
 }
 
+// A panel of weights, of which a step of K takes four bytes a channel: a float, or a pair of 16-bit numbers. In pieces it
+// takes six for each float, and a line behind the last says whether one of them is infinite.
+constexpr std::int64_t panel_bytes(const Kernels& kernels, int depth) {
+  const int padded = rounded_up(depth, kernels.depth_unit);
+  if (kernels.in_pieces) return std::int64_t{padded} * kPanel * 6 + kLineBytes;
+  return std::int64_t{ceil_div(padded, kernels.matrix_type == Type::f32 ? 1 : 2)} * 2 * kLineBytes;
+}
+
 // Blocks of lines whose distance is a multiple of a page would fight for the same cache sets.
 constexpr std::int64_t spread(std::int64_t bytes) { return bytes % 1024 == 0 ? bytes + kLineBytes : bytes; }
 

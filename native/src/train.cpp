@@ -102,13 +102,15 @@ std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int
 
 // Room for packed weights, and a bias of zeros.
 void UnitTrainer::reserve_weights(int depth, int out_channels) {
-  const int per_step = kernels_->matrix_type == Type::f32 ? 1 : 2;
-  const int unit = kernels_->depth_unit;
-  const int steps = ceil_div(ceil_div(depth, unit) * unit, per_step);
-  panel_bytes_ = static_cast<std::int64_t>(steps) * 2 * kLineBytes;
+  panel_bytes_ = panel_bytes(*kernels_, depth);
   reserve(weights_, bytes_for(panels_of(out_channels) * panel_bytes_));
   if (zeros_.size() < bytes_for(padded_channels(out_channels), sizeof(float)))
     clear(zeros_, bytes_for(padded_channels(out_channels), sizeof(float)));
+}
+
+// Of a thread that multiplies matrices of so many bytes.
+void UnitTrainer::reserve_workspace(std::size_t matrix, Worker& worker) const {
+  reserve(worker.workspace, kWorkspace + (kernels_->in_pieces ? std::max(pieces_room(matrix), kOuterRoom) : 0));
 }
 
 // The filters [C][9] as [groups][9][16].
@@ -239,8 +241,9 @@ void UnitTrainer::product_pass(const BatchShape& shape, int depth, int out_chann
     }
     Worker& worker = workers_[index_of(t)];
     room(worker, rows);
-    reserve(worker.left, bytes_for(line_groups(depth) * spread(pixels * kLineBytes)) + kSlack);
-    reserve(worker.workspace, kWorkspace);
+    const std::size_t matrix = bytes_for(line_groups(depth) * spread(pixels * kLineBytes));
+    reserve(worker.left, matrix + kSlack);
+    reserve_workspace(matrix, worker);
   }
   std::vector<float> sums(first.back() * 2 * index_of(stride));
   const Pixels z = blocked(to_z, out_channels, shape.pixels());

@@ -164,6 +164,7 @@ class UnitTrainer {
                        std::int64_t first_pixel, Worker& worker) const;
   void pack(const float* weights, int out_channels, int depth, bool transposed, int thread);
   void reserve_weights(int depth, int out_channels);
+  void reserve_workspace(std::size_t matrix, Worker& worker) const;
   void pack_filters(const UnitArgs& args);
   template <class Room, class Produce>
   void product_pass(const BatchShape& shape, int depth, int out_channels, const float* weights, std::byte* z, float* mean,

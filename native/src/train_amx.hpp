@@ -1,4 +1,4 @@
-// Training with AMX tiles, for maps in bf16; compiled twice, for the tiles and for their emulation.
+// Training with AMX tiles; compiled twice, for the tiles and for their emulation.
 #include <math.h>
 
 #include "vector_avx512.hpp"
@@ -13,6 +13,8 @@ namespace {
 #include "multiply.hpp"
 #include "train_kernels.hpp"
 #include "outer_tiles.hpp"
+#include "pieces.hpp"
+#include "outer_pieces.hpp"
 
 constexpr TrainKernels with_tiles() {
   TrainKernels table = train_table<bf16, bf16, DotFloat>();
@@ -23,9 +25,19 @@ constexpr TrainKernels with_tiles() {
 }
 constexpr TrainKernels kTable = with_tiles();
 
+constexpr TrainKernels in_pieces() {
+  TrainKernels table = train_table<float, float, DotFloat>();
+  table.pack = pack_pieces<pack<float>>;
+  table.pack_transposed = pack_pieces<pack_transposed<float>>;
+  table.outer = outer_pieces;
+  return table;
+}
+constexpr TrainKernels kPiecesTable = in_pieces();
+
 }  // namespace
 
 const TrainKernels* train_kernels(Type type, Type matrix) {
+  if (type == Type::f32 && matrix == Type::f32) return &kPiecesTable;
   return type == Type::bf16 && matrix == Type::bf16 ? &kTable : nullptr;
 }
 

@@ -70,7 +70,8 @@ void UnitTrainer::add_outer(std::int64_t pixels, int out_channels, int depth, st
   const Pixels left = lines(worker.left.data(), capacity), right = lines(worker.right.data(), capacity);
   OuterArgs outer{.left = left.data, .left_group = left.block, .left_groups = line_groups(out_channels),
                   .right = right.data, .right_group = right.block, .right_groups = line_groups(depth),
-                  .steps = static_cast<int>(pixels), .output = floats(worker.weight_gradient)};
+                  .steps = static_cast<int>(pixels), .output = floats(worker.weight_gradient),
+                  .workspace = worker.workspace.data()};
   if (kernels_->matrix_type != Type::f32) {
     outer.steps = steps_of(pixels);
     PairArgs pairs{.lines = left.data, .block = left.block, .blocks = outer.left_groups / 2,
@@ -208,11 +209,12 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
     reserve(worker.padded, bytes_for(std::max(whole, band)));
     reserve(worker.padded_gradient, bytes_for(band));
     const std::int64_t line = spread(capacity * kLineBytes);
-    reserve(worker.left, bytes_for(out_groups * line) + kSlack);
+    const std::size_t matrix = bytes_for(out_groups * line);
+    reserve(worker.left, matrix + kSlack);
     reserve(worker.right, bytes_for(in_groups * line) + kSlack);
     if (weights_wanted) reserve_outer(out, in, capacity, worker);
     reserve(worker.gradient, bytes_for(in_stride / kGroup * spread(task_images * shape.image_pixels() * kLineBytes)) + kSlack);
-    reserve(worker.workspace, kWorkspace);
+    reserve_workspace(matrix, worker);
     clear(worker.filter_gradient, bytes_for(in_groups * kTaps * kGroup, sizeof(float)));
     clear(worker.sums, bytes_for(2 * in_stride, sizeof(float)));
   }

@@ -84,11 +84,13 @@ void UnitTrainer::convolve_backward(const ConvBackArgs& args) {
   for (int t = 0; t < threads; ++t) {
     Worker& worker = workers_[index_of(t)];
     const std::int64_t line = spread(capacity * kLineBytes);
-    reserve(worker.left, bytes_for(out_groups * std::max(line, spread(read_pixels * kLineBytes))) + kSlack);
-    reserve(worker.right, bytes_for(std::max(depth_groups * line, reader_groups * spread(in_pixels * kLineBytes))) + kSlack);
+    const std::size_t left = bytes_for(out_groups * std::max(line, spread(read_pixels * kLineBytes)));
+    const std::size_t right = bytes_for(std::max(depth_groups * line, reader_groups * spread(in_pixels * kLineBytes)));
+    reserve(worker.left, left + kSlack);
+    reserve(worker.right, right + kSlack);
     const std::int64_t widest = std::max(direct ? capacity : 0, in_pixels);
     reserve(worker.gradient, bytes_for(padded_channels(in) / kGroup * spread(widest * kLineBytes)) + kSlack);
-    reserve(worker.workspace, kWorkspace);
+    reserve_workspace(std::max(left, right), worker);
     if (weights_wanted) reserve_outer(out, depth, capacity, worker);
   }
 

@@ -140,7 +140,9 @@ struct OuterArgs {
   int right_groups = 0;
   int steps = 0;
   float* output = nullptr;  // [left_groups * 16][right_groups * 16]
+  std::byte* workspace = nullptr;  // kOuterRoom bytes, for products in pieces
 };
+inline constexpr std::size_t kOuterRoom = 1300 << 10;
 
 // Lines of 32 halves, [blocks][pixels][32], as pairs of pixels: [2 * blocks][steps][16][2]. Steps behind the last pixel
 // are zeros.
@@ -152,8 +154,8 @@ struct PairArgs {
   std::int64_t group = 0;
 };
 
-// Weights as a panel of the product: [steps][32 columns] of numbers, or of pairs of 16-bit ones. Steps and columns
-// behind the last are zeros.
+// Weights as a panel of the product: [steps][32 columns] of numbers, or of pairs of 16-bit ones; or in pieces, as
+// pieces.hpp says, of as many steps as are needed. Steps and columns behind the last are zeros.
 struct PackArgs {
   const float* weights = nullptr;
   std::int64_t stride = 0;  // from a column's numbers to the next column's; `pack_transposed`: from a step's to the next's

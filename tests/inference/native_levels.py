@@ -17,10 +17,12 @@ def kernel_levels() -> list[tuple[str, str]]:
         (level, kind)
         for level, kind, feature in (
             ("avx512_bf16", "bf16", "avx512_bf16"),
+            ("amx_emulated", "fp32", "avx512"),
             ("amx_emulated", "bf16", "avx512"),
             ("amx_emulated", "fp16", "avx512"),
             ("amx_half_emulated", "bf16", "avx512"),
             ("amx_half_emulated", "fp16", "avx512"),
+            ("amx_bf16", "fp32", "amx_bf16"),
             ("amx_bf16", "bf16", "amx_bf16"),
             ("amx_fp16", "fp16", "amx_fp16"),
         )

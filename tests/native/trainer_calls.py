@@ -244,4 +244,5 @@ def levels() -> list[tuple[str, str]]:
     found = [("scalar", "fp32"), ("scalar", "bf16")]
     found += [(level, kind) for level in ("avx2", "avx512") for kind in ("fp32", "bf16") if level in features]
     needs = (("avx512_bf16", "avx512_bf16"), ("amx_emulated", "avx512"), ("amx_bf16", "amx_bf16"))
-    return found + [(level, "bf16") for level, feature in needs if feature in features]
+    found += [(level, "bf16") for level, feature in needs if feature in features]
+    return found + [(level, "fp32") for level, feature in needs[1:] if feature in features]

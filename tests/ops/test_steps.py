@@ -32,7 +32,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     if request.param not in backend.available_levels():
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv(backend.CAP_VARIABLE, request.param)
-    assert backend.kernel_level("fp32") == request.param
+    assert backend.vector_level() == request.param
     return str(request.param)
 
 

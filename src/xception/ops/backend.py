@@ -184,7 +184,7 @@ def available_levels() -> tuple[str, ...]:
 
 # The kernels by precision, strongest first, and the feature that each needs.
 _KERNELS = {
-    "fp32": ("avx512", "avx2"),
+    "fp32": ("amx_bf16", "avx512", "avx2"),  # on tiles of bf16 in pieces that sum to the float
     "bf16": ("amx_bf16", "avx512_bf16", "avx512", "avx2"),
     "fp16": ("amx_fp16", "avx512", "avx2"),
     "int8": ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512", "avx2"),  # beside activations in bf16
@@ -198,6 +198,12 @@ def kernel_level(precision: NetworkPrecision) -> str:
     """
     features = cpu_features()
     return next((level for level in _KERNELS[precision] if level in features), "scalar")
+
+
+def vector_level() -> str:
+    """The strongest kernels without products, such as an optimiser's steps; raises ConfigError like `cpu_features`."""
+    features = cpu_features()
+    return next((level for level in ("avx512", "avx2") if level in features), "scalar")
 
 
 def fast_precision() -> Precision:
@@ -256,7 +262,7 @@ def new_optimiser(threads: int) -> Optimiser:
     """
     if _native is None:
         raise ConfigError(f"the backend 'native' cannot be used: {_why_not_native}")
-    optimiser: Optimiser = _native.Optimiser(kernel_level("fp32"), threads)
+    optimiser: Optimiser = _native.Optimiser(vector_level(), threads)
     return optimiser
 
 

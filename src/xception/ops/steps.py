@@ -74,7 +74,7 @@ class Rows:
         The result does not depend on the number of threads. Gradients stay as they are. Raises ValueError where an
         array is missing that the rule needs.
         """
-        optimiser = _optimiser(torch.get_num_threads(), backend.kernel_level("fp32"))
+        optimiser = _optimiser(torch.get_num_threads(), backend.vector_level())
         optimiser.step(
             self._numbers,
             rule,
