@@ -1,21 +1,14 @@
 // Weights as panels of the product. Included by train_kernels.hpp, inside a namespace.
 
 // A step of 16 columns of a panel: what they hold side by side.
-inline void store_step(const PackArgs& a, int k, int column, float* to) {
+inline V step_of(const PackArgs& a, int k, int column) {
   const int left = a.columns - column, lanes = k >= a.depth || left < 0 ? 0 : left < kGroup ? left : kGroup;
-  store(to, lanes == 0 ? zero() : load_some(a.weights + k * a.stride + column, lanes));
+  const float* from = a.weights + k * a.stride + column;
+  return lanes == 0 ? zero() : lanes == kGroup ? load(from) : load_some(from, lanes);
 }
+inline void store_step(const PackArgs& a, int k, int column, float* to) { store(to, step_of(a, k, column)); }
 inline void store_step(const PackArgs& a, int k, int column, bf16* to) {
-  float even[kGroup], odd[kGroup];
-  store_step(a, k, column, even);
-  store_step(a, k + 1, column, odd);
-  bf16 halves[2][kGroup];
-  store(halves[0], load(static_cast<const float*>(even)));
-  store(halves[1], load(static_cast<const float*>(odd)));
-  for (int i = 0; i < kGroup; ++i) {
-    to[2 * i] = halves[0][i];
-    to[2 * i + 1] = halves[1][i];
-  }
+  store_pairs(to, step_of(a, k, column), step_of(a, k + 1, column));
 }
 
 template <class T>

@@ -33,6 +33,15 @@ inline V where_byte(const std::uint8_t* p, int wanted, V x) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(static_cast<char>(wanted))), x.a)};
 }
+// Rounded, side by side: even[0], odd[0], even[1], ...
+inline void store_pairs(bf16* to, V even, V odd) {
+  bf16 halves[2][16];
+  store(halves[0], even);
+  store(halves[1], odd);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves[0])));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves[1])));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
 // Two lines of 32 halves, the second one zero if it is not there, as 32 pairs.
 inline void pair_lines(const std::uint16_t* lines, bool second, std::uint16_t* low, std::uint16_t* high) {
   const __m512i a = _mm512_loadu_si512(lines);
@@ -87,6 +96,15 @@ inline void store_some(S* p, V v, int lanes) {
   for (int i = 0; i < lanes; ++i) p[i] = copy[i];
 }
 
+inline void store_pairs(bf16* to, V even, V odd) {
+  bf16 halves[2][16];
+  store(halves[0], even);
+  store(halves[1], odd);
+  for (int i = 0; i < 16; ++i) {
+    to[2 * i] = halves[0][i];
+    to[2 * i + 1] = halves[1][i];
+  }
+}
 inline void pair_lines(const std::uint16_t* lines, bool second, std::uint16_t* low, std::uint16_t* high) {
   for (int i = 0; i < 32; ++i) {
     std::uint16_t* pair = (i < 16 ? low : high) + (i % 16) * 2;

@@ -13,6 +13,7 @@ import os
 import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 
 from xception.errors import ConfigError
@@ -196,7 +197,12 @@ def kernel_level(precision: NetworkPrecision) -> str:
 
     Raises ConfigError like `cpu_features`.
     """
-    features = cpu_features()
+    return _kernel_level(precision, os.environ.get(CAP_VARIABLE))
+
+
+@lru_cache  # asked for by every operation of every step
+def _kernel_level(precision: NetworkPrecision, cap: str | None) -> str:
+    features = cpu_features()  # of that cap
     return next((level for level in _KERNELS[precision] if level in features), "scalar")
 
 
