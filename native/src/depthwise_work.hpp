@@ -157,7 +157,7 @@ class DepthwiseWork {
       : a_(a),
         inside_(interior(a.window)),
         three_(a.window.kernel == 3),
-        fast_(three_ && a.window.stride == 1 && a.window.dilation == 1),
+        runs_(three_ && a.window.stride == 1 && a.window.dilation == 1 && inside_.end - inside_.begin >= kRun),
         blocks_(a.channels / kPanel),
         ready_(ready) {
     if (blocks_ > 0 && a.rows > 0) begin_block();
@@ -194,6 +194,7 @@ class DepthwiseWork {
     filter_ = static_cast<const std::byte*>(a_.weights) + static_cast<std::int64_t>(block_) * taps * Line::kFilterBytes;
     bias_ = a_.bias ? Line::filter(static_cast<const std::byte*>(a_.bias) + block_ * Line::kFilterBytes, 1, 0)
                     : Line::of({zero(), zero()});
+    for (int tap = 0; three_ && tap < 9; ++tap) taps_[tap] = Line::filter(filter_, 9, tap);
     row_ = -1;
     begin_row();
   }
@@ -207,12 +208,13 @@ class DepthwiseWork {
            static_cast<std::int64_t>(row_) * a_.window.out_width * kLineBytes;
   }
 
-  // A few pixels of a row; how many.
+  // A few pixels of a row; how many. The last run of the inside is whole, even where some of it is there already.
   int step() {
     int done = 1;
-    if (fast_ && x_ >= inside_.begin && x_ + kRun <= inside_.end) {
-      a_.input_relu ? run<true>() : run<false>();
-      done = kRun;
+    if (runs_ && x_ >= inside_.begin && x_ < inside_.end) {
+      const int x = least(x_, inside_.end - kRun);
+      a_.input_relu ? run<true>(x) : run<false>(x);
+      done = x + kRun - x_;
     } else {
       a_.input_relu ? one<true>() : one<false>();
     }
@@ -229,41 +231,43 @@ class DepthwiseWork {
   // Neighbours of a 3x3 filter with stride 1, inside the map: each input pixel is loaded once for all of them.
   static constexpr int kRun = 4;
   template <bool Relu>
-  void run() {
+  void run(int x) {
     Line sums[kRun] = {bias_, bias_, bias_, bias_};
-    const std::int64_t first = static_cast<std::int64_t>(x_ - a_.window.pad_left) * kLineBytes;
+    const std::int64_t first = static_cast<std::int64_t>(x - a_.window.pad_left) * kLineBytes;
     for (int ky = 0; ky < 3; ++ky) {
       const std::byte* row = rows_[ky] + first;
       Line pixels[kRun + 2];
       for (int i = 0; i < kRun + 2; ++i) pixels[i] = tap_line<Line, Relu>(row + i * kLineBytes);
       for (int kx = 0; kx < 3; ++kx) {
-        const Line weight = Line::filter(filter_, 9, ky * 3 + kx);
+        const Line weight = taps_[ky * 3 + kx];
         for (int i = 0; i < kRun; ++i) sums[i] = fma(pixels[i + kx], weight, sums[i]);
       }
     }
-    for (int i = 0; i < kRun; ++i) put(x_ + i, sums[i]);
+    for (int i = 0; i < kRun; ++i) put(x + i, sums[i]);
   }
 
-  const std::byte* pixel_at(int ky, int kx) const {
-    const int column = x_ * a_.window.stride - a_.window.pad_left + kx * a_.window.dilation;
-    const bool inside = column >= 0 && column < a_.window.in_width;
-    return inside ? rows_[ky] + static_cast<std::int64_t>(column) * kLineBytes : a_.zeros;
-  }
+  int column_of(int kx) const { return x_ * a_.window.stride - a_.window.pad_left + kx * a_.window.dilation; }
+  bool inside(int column) const { return column >= 0 && column < a_.window.in_width; }
   // One pixel, anywhere, of any filter. Long sums are floats whatever the line is.
   template <bool Relu>
   void one() {
     if (three_) {
       Line sum = bias_;
-      for (int ky = 0; ky < 3; ++ky)
-        for (int kx = 0; kx < 3; ++kx)
-          sum = fma(tap_line<Line, Relu>(pixel_at(ky, kx)), Line::filter(filter_, 9, ky * 3 + kx), sum);
+      for (int kx = 0; kx < 3; ++kx) {
+        const int column = column_of(kx);
+        if (!inside(column)) continue;
+        const std::int64_t at = static_cast<std::int64_t>(column) * kLineBytes;
+        for (int ky = 0; ky < 3; ++ky) sum = fma(tap_line<Line, Relu>(rows_[ky] + at), taps_[ky * 3 + kx], sum);
+      }
       return put(x_, sum);
     }
     const int kernel = a_.window.kernel;
     Two sum = bias_.widen();
     for (int ky = 0; ky < kernel; ++ky)
       for (int kx = 0; kx < kernel; ++kx) {
-        const Two pixel = tap_line<Line, Relu>(pixel_at(ky, kx)).widen();
+        const int column = column_of(kx);
+        if (!inside(column)) continue;
+        const Two pixel = tap_line<Line, Relu>(rows_[ky] + static_cast<std::int64_t>(column) * kLineBytes).widen();
         const Two weight = Line::filter(filter_, kernel * kernel, ky * kernel + kx).widen();
         sum = {fma(pixel.lo, weight.lo, sum.lo), fma(pixel.hi, weight.hi, sum.hi)};
       }
@@ -279,14 +283,14 @@ class DepthwiseWork {
 
   const ProducerArgs& a_;
   const Interior inside_;
-  const bool three_, fast_;
+  const bool three_, runs_;
   const int blocks_;
   int ready_, block_ = 0, row_ = 0, x_ = 0;
   std::int64_t pace_ = 0, owed_ = 0;
   const std::byte *input_ = nullptr, *filter_ = nullptr;
   const std::byte* rows_[kMaxKernel] = {};
   std::byte* out_ = nullptr;
-  Line bias_;
+  Line bias_, taps_[9];  // of the block at hand; the taps where there are nine
 };
 
 // Nothing to do between the steps.

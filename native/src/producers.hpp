@@ -116,7 +116,7 @@ template <class S, bool Relu, int N>
   each<N>([&](auto i) { sum[i] = bias; });
   each<3>([&](auto ky) {
     V pixels[N + 2];
-    each<N + 2>([&](auto i) { pixels[i] = tap<S, Relu>(rows[ky], x + i); });
+    each<N + 2>([&](auto i) { pixels[i] = held(tap<S, Relu>(rows[ky], x + i)); });
     each<N>([&](auto i) {
       each<3>([&](auto kx) { sum[i] = fma(pixels[i + kx], weights[ky * 3 + kx], sum[i]); });
     });
@@ -136,6 +136,26 @@ template <class S, bool Relu, int N>
     });
   });
   each<N>([&](auto i) { sums[i] = sum[i]; });
+}
+
+// What the next group reads in the place of this one's rows: their first and second ones for the first row of windows, then
+// those that come in. It lies in another block, where the processor does not expect it.
+inline void fetch_rows(const ProducerArgs& a, const std::byte* const* rows, std::int64_t distance, bool first) {
+  for (int k = first ? 0 : 2; k < 3; ++k)
+    for (int x = 0; rows[k] != nullptr && x < a.window.in_width; ++x)
+      __builtin_prefetch(rows[k] + distance + static_cast<std::int64_t>(x) * kLineBytes);
+}
+
+// One at the map's edge: columns of the window that lie outside are left out.
+template <class S, bool Relu>
+[[gnu::flatten]] inline V depthwise_3x3_at(const Window& w, const std::byte* const* rows, const V* weights, V sum, int x) {
+  const int x0 = x * w.stride - w.pad_left;
+  each<3>([&](auto kx) {
+    const int column = x0 + kx * w.dilation;
+    if (column < 0 || column >= w.in_width) return;
+    each<3>([&](auto ky) { sum = fma(tap<S, Relu>(rows[ky], column), weights[ky * 3 + kx], sum); });
+  });
+  return sum;
 }
 
 template <class S, class T, bool Relu, bool Residual = false>
@@ -165,25 +185,31 @@ void depthwise_rows(const ProducerArgs& a) {
         if constexpr (Residual) v = add(v, load(line<T>(beside, x)));
         store_number(line<T>(out, x), activate(v, a.activation), a.zero_point);
       };
-      int x = 0;
-      for (; x < inside.begin; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
-      if (fast) {
-        const std::byte* three[3];
-        for (int k = 0; k < 3; ++k) three[k] = rows[k] ? rows[k] : a.zeros;
-        V sums[4];
-        for (; x + 4 <= inside.end; x += 4) {
-          if (w.stride == 1 && w.dilation == 1)
-            depthwise_3x3<S, Relu, 4>(three, filter, bias, x - w.pad_left, sums);
-          else
-            depthwise_3x3_apart<S, Relu, 4>(w, three, filter, bias, x * w.stride - w.pad_left, sums);
-          for (int i = 0; i < 4; ++i) put(x + i, sums[i]);
-        }
-        for (; x < inside.end; ++x) {
-          depthwise_3x3_apart<S, Relu, 1>(w, three, filter, bias, x * w.stride - w.pad_left, sums);
-          put(x, sums[0]);
-        }
+      if (!fast) {
+        for (int x = 0; x < w.out_width; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
+        continue;
       }
-      for (; x < w.out_width; ++x) put(x, depthwise_at<S, Relu>(w, rows, weights, bias, x));
+      if (g + 1 < groups) {
+        const std::int64_t next = group_offset<S>(g + 1, a.input_block) - group_offset<S>(g, a.input_block);
+        fetch_rows(a, rows, next, r == 0);
+      }
+      const std::byte* three[3];
+      for (int k = 0; k < 3; ++k) three[k] = rows[k] ? rows[k] : a.zeros;
+      const bool together = inside.end - inside.begin >= 4;
+      const int alone = together ? inside.begin : w.out_width;  // up to here
+      for (int x = 0; x < alone; ++x) put(x, depthwise_3x3_at<S, Relu>(w, three, filter, bias, x));
+      if (!together) continue;
+      // The last four of the inside are computed whole, even where some of them are there already.
+      for (int next = inside.begin; next < inside.end; next += 4) {
+        const int x = least(next, inside.end - 4);
+        V sums[4];
+        if (w.stride == 1 && w.dilation == 1)
+          depthwise_3x3<S, Relu, 4>(three, filter, bias, x - w.pad_left, sums);
+        else
+          depthwise_3x3_apart<S, Relu, 4>(w, three, filter, bias, x * w.stride - w.pad_left, sums);
+        for (int i = 0; i < 4; ++i) put(x + i, sums[i]);
+      }
+      for (int x = inside.end; x < w.out_width; ++x) put(x, depthwise_3x3_at<S, Relu>(w, three, filter, bias, x));
     }
   }
 }

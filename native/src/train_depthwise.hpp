@@ -1,6 +1,7 @@
 // The depthwise convolution: filled with zeros around, forward, backward.
 // Included by train_kernels.hpp, inside a namespace.
 
+inline constexpr int kFilterPixels = 4;  // of a row, that are filtered together
 inline constexpr int kAhead = 48;  // pixels: maps come from memory
 
 template <class S, bool Normalise, bool Relu, bool Whole>
@@ -48,14 +49,13 @@ void fill(const FillArgs& a) {
 }
 
 // `N` neighbours of a row at once, so that a pixel is loaded once for all of its windows in the row.
-template <int N>
-[[gnu::flatten]] inline void filter_some(const float* const* rows, int x, int dilation, const V* filter, V* sums) {
-  V sum[N];
+template <int N, bool Near>
+inline void filter_some(const float* const* rows, int x, int dilation, const V* filter, V* sum) {
   each<N>([&](auto i) { sum[i] = zero(); });
-  if (dilation == 1)
+  if constexpr (Near)
     each<3>([&](auto ky) {
       V pixels[N + 2];
-      each<N + 2>([&](auto i) { pixels[i] = load(rows[ky] + (x + i) * kGroup); });
+      each<N + 2>([&](auto i) { pixels[i] = held(load(rows[ky] + (x + i) * kGroup)); });
       each<N>([&](auto i) {
         each<3>([&](auto kx) { sum[i] = fma(pixels[i + kx], filter[ky * 3 + kx], sum[i]); });
       });
@@ -64,29 +64,32 @@ template <int N>
     each<N>([&](auto i) {
       each<9>([&](auto t) { sum[i] = fma(load(rows[t / 3] + (x + i + t % 3 * dilation) * kGroup), filter[t], sum[i]); });
     });
-  each<N>([&](auto i) { sums[i] = sum[i]; });
 }
 
-template <class T>
-void filter_rows(const FilterArgs& a) {
+// The last ones of a row are computed twice where they are not as many as go together: one alone takes as long.
+template <class T, int N, bool Near>
+[[gnu::flatten]] inline void filter_rows_by(const FilterArgs& a) {
   V filter[kTaps];
-  for (int i = 0; i < kTaps; ++i) filter[i] = load(a.filter + i * kGroup);
+  each<kTaps>([&](auto t) { filter[t] = load(a.filter + t * kGroup); });
   const std::int64_t line = static_cast<std::int64_t>(a.width + 2 * a.dilation) * kGroup;
   for (int y = 0; y < a.rows; ++y) {
     const float* rows[3];
     for (int k = 0; k < 3; ++k) rows[k] = a.padded + (y + k * a.dilation) * line;
     std::byte* out = group_at(a.output, a.group, a.first_pixel + static_cast<std::int64_t>(y) * a.width, sizeof(T));
-    int x = 0;
-    V sums[4];
-    for (; x + 4 <= a.width; x += 4) {
-      filter_some<4>(rows, x, a.dilation, filter, sums);
-      for (int i = 0; i < 4; ++i) store(reinterpret_cast<T*>(out + (x + i) * a.output.pixel), sums[i]);
-    }
-    for (; x < a.width; ++x) {
-      filter_some<1>(rows, x, a.dilation, filter, sums);
-      store(reinterpret_cast<T*>(out + x * a.output.pixel), sums[0]);
+    for (int next = 0; next < a.width; next += N) {
+      const int x = least(next, a.width - N);
+      V sum[N];
+      filter_some<N, Near>(rows, x, a.dilation, filter, sum);
+      each<N>([&](auto i) { store(reinterpret_cast<T*>(out + (x + i) * a.output.pixel), sum[i]); });
     }
   }
+}
+
+template <class T>
+void filter_rows(const FilterArgs& a) {
+  constexpr int N = kFilterPixels;
+  if (a.width < N) return a.dilation == 1 ? filter_rows_by<T, 1, true>(a) : filter_rows_by<T, 1, false>(a);
+  a.dilation == 1 ? filter_rows_by<T, N, true>(a) : filter_rows_by<T, N, false>(a);
 }
 
 // ----------------------------------------------------------------------------------------------------- backward

@@ -50,6 +50,12 @@ inline void store(u8* p, V x, int zero) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(count(x, zero)));
 }
 
+// In a register from here on: GCC would load it anew for each of its uses, and the loads would be what a loop waits for.
+inline V held(V x) {
+  __asm__("" : "+v"(x.a));
+  return x;
+}
+
 inline V add(V x, V y) { return {_mm512_add_ps(x.a, y.a)}; }
 inline V mul(V x, V y) { return {_mm512_mul_ps(x.a, y.a)}; }
 inline V fma(V x, V y, V z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }

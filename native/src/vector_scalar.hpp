@@ -49,6 +49,7 @@ inline void store(u8* p, V a, int zero) {
     p[i] = {static_cast<std::uint8_t>(static_cast<int>(__builtin_nearbyintf(kept)) + zero)};
   }
 }
+inline V held(V x) { return x; }  // there are too few registers
 inline V add(V a, V b) {
   return make([&](int i) { return a.v[i] + b.v[i]; });
 }
