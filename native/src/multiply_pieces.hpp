@@ -1,5 +1,5 @@
-// The product of floats on tiles: the strip's matrix is taken into pieces first, which costs a few vector operations for
-// 32 numbers that then meet every panel of weights. Included like multiply_tiles.hpp, after it and pieces.hpp.
+// The product of floats on tiles: the strip's matrix is taken into pieces first, which costs a few vector operations
+// for 32 numbers that then meet every panel of weights. Included like multiply_tiles.hpp, after it and pieces.hpp.
 
 // The matrix in pieces, [K / 32][piece][pixels][32]: of 32 steps of K lanes k and k + 16 are neighbours. Whether all
 // numbers have pieces.
@@ -89,8 +89,8 @@ inline bool needs_floats(const MultiplyArgs& a, int pixel) {
   return found;
 }
 
-// What tiles could not sum is summed again: of an infinite weight a panel, of a pixel that has no pieces all panels. Which
-// other pixels are in the strip does not show in a pixel's numbers.
+// What tiles could not sum is summed again: of an infinite weight a panel, of a pixel that has no pieces all panels.
+// Which other pixels are in the strip does not show in a pixel's numbers.
 template <Activation A, bool Residual>
 [[gnu::noinline]] void sum_again(const MultiplyArgs& a, bool whole) {
   float* sums = reinterpret_cast<float*>(a.workspace);

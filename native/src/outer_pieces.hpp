@@ -17,7 +17,8 @@ void pack_pieces(const PackArgs& a) {
     for (int row = 0; row < kGroup; ++row)
       for (int column = 0; column < kPanel; column += kGroup) {
         const float* first = floats + row * kPanel + column;
-        const bool found = split_weights(load(first), load(first + kGroup * kPanel), to + row * 2 * kLineBytes + column * 4);
+        std::byte* pairs = to + row * 2 * kLineBytes + column * 4;
+        const bool found = split_weights(load(first), load(first + kGroup * kPanel), pairs);
         infinite = infinite || found;
       }
   }
@@ -34,8 +35,8 @@ inline void pixel_lines(const std::byte* lines, int pixels, V* out) {
   for (int i = 0; i < kGroup; ++i) out[i] = i < pixels ? load(line<float>(lines, i)) : zero();
 }
 
-// A group of 16 channels as tiles: [32 pixels][piece][16 rows], pixels p and p + 16 a pair. Of the right side a row is a
-// pair of pixels; of the left side, where `Channels`, a channel.
+// A group of 16 channels as tiles: [32 pixels][piece][16 rows], pixels p and p + 16 a pair. Of the right side a row is
+// a pair of pixels; of the left side, where `Channels`, a channel.
 template <bool Channels>
 inline void split_group(const std::byte* lines, int pixels, std::byte* to, V& whole) {
   for (int p = 0; p < pixels; p += 32, to += kPieces * kTileBytes) {
@@ -114,7 +115,8 @@ inline void outer_split(const OuterArgs& a, int begin, int pixels, int first, in
 }
 
 inline void outer_pieces(const OuterArgs& a) {
-  const int parts = (a.steps + kSplitPixels - 1) / kSplitPixels, shares = (a.right_groups + kSplitGroups - 1) / kSplitGroups;
+  const int parts = (a.steps + kSplitPixels - 1) / kSplitPixels;
+  const int shares = (a.right_groups + kSplitGroups - 1) / kSplitGroups;
   for (int part = 0; part < parts; ++part) {
     const int begin = part * kSplitPixels, pixels = least(kSplitPixels, a.steps - begin);
     for (int share = 0; share < shares; ++share) {

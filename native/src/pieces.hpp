@@ -1,8 +1,8 @@
 // Products of floats on tiles that multiply bf16: each number is taken apart into three that sum to it. Included like
 // producers.hpp, after it and tiles.hpp, where V is an AVX-512 register.
 //
-// A float has 24 significant bits, a bf16 eight: with each piece rounded to the nearest, a = a0 + a1 + a2 exactly, |a1| is
-// at most 2^-8 of a's power of two, |a2| 2^-17. Of the nine products of two such numbers' pieces six are summed, the
+// A float has 24 significant bits, a bf16 eight: with each piece rounded to the nearest, a = a0 + a1 + a2 exactly, |a1|
+// is at most 2^-8 of a's power of two, |a2| 2^-17. Of the nine products of two such numbers' pieces six are summed, the
 // small ones first; those left out (a1 b2, a2 b1, a2 b2) are together less than 2^-24 of a b at worst, and of either
 // sign. So sums are as exact as those of floats multiplied one after another (Henry, Tang and Heinecke, "Leveraging the
 // bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", ARITH 2019). Tiles take numbers below
@@ -69,8 +69,8 @@ inline bool split_weights(V first, V second, std::byte* to) {
   return infinite_a || infinite_b;
 }
 
-// A panel's weights. For each 32 steps of K three pairs of tiles, one a piece; steps k and k + 16 are the pairs of a row.
-// Behind them a line that says whether one of them is infinite.
+// A panel's weights. For each 32 steps of K three pairs of tiles, one a piece; steps k and k + 16 are the pairs of a
+// row. Behind them a line that says whether one of them is infinite.
 inline constexpr std::int64_t kPanelLine = kPieces * 2 * kTileBytes;
 
 inline const std::byte* weights_row(const std::byte* panel, int k) {

@@ -138,8 +138,8 @@ template <class S, bool Relu, int N>
   each<N>([&](auto i) { sums[i] = sum[i]; });
 }
 
-// What the next group reads in the place of this one's rows: their first and second ones for the first row of windows, then
-// those that come in. It lies in another block, where the processor does not expect it.
+// What the next group reads in the place of this one's rows: all three for the first row of windows, then those that
+// come in. It lies in another block, where the processor does not expect it.
 inline void fetch_rows(const ProducerArgs& a, const std::byte* const* rows, std::int64_t distance, bool first) {
   for (int k = first ? 0 : 2; k < 3; ++k)
     for (int x = 0; rows[k] != nullptr && x < a.window.in_width; ++x)
@@ -148,7 +148,8 @@ inline void fetch_rows(const ProducerArgs& a, const std::byte* const* rows, std:
 
 // One at the map's edge: columns of the window that lie outside are left out.
 template <class S, bool Relu>
-[[gnu::flatten]] inline V depthwise_3x3_at(const Window& w, const std::byte* const* rows, const V* weights, V sum, int x) {
+[[gnu::flatten]] inline V depthwise_3x3_at(const Window& w, const std::byte* const* rows, const V* weights, V sum,
+                                           int x) {
   const int x0 = x * w.stride - w.pad_left;
   each<3>([&](auto kx) {
     const int column = x0 + kx * w.dilation;
