@@ -186,4 +186,7 @@ const Kernels* kernels(Type type);
 constexpr int bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::u8 ? 1 : 2; }
 constexpr int lane_count(Type type) { return kLineBytes / bytes_of(type); }
 
+// Blocks of lines whose distance is a multiple of a page would fight for the same cache sets.
+constexpr std::int64_t spread(std::int64_t bytes) { return bytes % 1024 == 0 ? bytes + kLineBytes : bytes; }
+
 }  // namespace xception

@@ -175,8 +175,7 @@ void multiply_split(const MultiplyArgs& a, const SplitMatrix& matrix, bool whole
 
 inline void multiply_pieces(const MultiplyArgs& a) {
   if (a.pixels == 0 || a.panels == 0) return;
-  const std::int64_t bytes = static_cast<std::int64_t>(a.pixels) * kLineBytes;
-  const SplitMatrix matrix{a.workspace + kWorkspace, bytes % 1024 == 0 ? bytes + kLineBytes : bytes};
+  const SplitMatrix matrix{a.workspace + kWorkspace, xception::spread(static_cast<std::int64_t>(a.pixels) * kLineBytes)};
   const bool whole = split_matrix(a, matrix);
   switch (a.activation) {
     case Activation::none:

@@ -31,9 +31,6 @@ constexpr std::int64_t panel_bytes(const Kernels& kernels, int depth) {
   return std::int64_t{ceil_div(padded, kernels.matrix_type == Type::f32 ? 1 : 2)} * 2 * kLineBytes;
 }
 
-// Blocks of lines whose distance is a multiple of a page would fight for the same cache sets.
-constexpr std::int64_t spread(std::int64_t bytes) { return bytes % 1024 == 0 ? bytes + kLineBytes : bytes; }
-
 // Images of this size that go through layers together, so that weights are worth loading: one of 299 x 299.
 constexpr int images_together(int height, int width) {
   const std::int64_t pixels = static_cast<std::int64_t>(height) * width;

@@ -302,7 +302,7 @@ def test_heads(level: str, kind: str, maximum: bool, channels: int) -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
-@pytest.mark.parametrize(("level", "kind"), LEVELS[-5:])
+@pytest.mark.parametrize(("level", "kind"), LEVELS[-6:])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9])
 def test_numbers_do_not_depend_on_the_threads(level: str, kind: str, threads: int, count: int) -> None:
