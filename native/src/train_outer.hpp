@@ -4,7 +4,12 @@ template <class Dot, int Rows, int Columns>
 [[gnu::flatten]] inline void outer_tile(const std::byte* left, const std::byte* right, std::int64_t right_group,
                                         int steps, float* output, std::int64_t row) {
   V sums[Rows][Columns];
-  each<Rows>([&](auto r) { each<Columns>([&](auto c) { sums[r][c] = zero(); }); });
+  each<Rows>([&](auto r) {
+    each<Columns>([&](auto c) {
+      __builtin_prefetch(output + r * row + c * kGroup, 1);  // the sums so far come from far away
+      sums[r][c] = zero();
+    });
+  });
   for (int s = 0; s < steps; ++s) {
     V w[Columns];
     each<Columns>([&](auto c) { w[c] = Dot::weights(right + c * right_group + s * std::int64_t{kLineBytes}); });
@@ -37,12 +42,11 @@ inline void outer_columns(const OuterArgs& a, int begin, int steps, int right_gr
   }
 }
 
-// Some steps at a time, about as many each time. Few: the right side's lines stay in the first-level cache for all of the
-// left side. Many: the sums, which lie behind the second-level cache, come and go less often; they count for more where
-// a step is one pixel's.
+// Not too many pixels at a time, about as many each time: the right side's lines stay in the cache for all of the left
+// side. Not few: the sums, which lie behind the second-level cache, come and go each time.
 template <class Dot>
 void outer(const OuterArgs& a) {
-  constexpr int kSteps = Dot::kPerStep == 1 ? 384 : 128;
+  constexpr int kSteps = 512 / Dot::kPerStep;
   const int parts = (a.steps + kSteps - 1) / kSteps;
   for (int part = 0; part < parts; ++part) {
     const int begin = static_cast<int>(static_cast<std::int64_t>(a.steps) * part / parts);
