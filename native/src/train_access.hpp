@@ -3,7 +3,8 @@
 
 inline bool there(const Pixels& p) { return p.data != nullptr; }
 inline std::byte* group_at(const Pixels& p, int group, std::int64_t pixel, int lane_bytes) {
-  return p.data + (group / p.groups) * p.block + static_cast<std::int64_t>(group % p.groups) * 16 * lane_bytes +
+  const int shift = p.groups - 1;  // of one or two: a division would take longer than what is done with the group
+  return p.data + (group >> shift) * p.block + static_cast<std::int64_t>(group & shift) * kGroup * lane_bytes +
          pixel * p.pixel;
 }
 inline int lanes_of(const Pixels& p, int group) {

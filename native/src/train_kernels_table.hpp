@@ -17,7 +17,7 @@ struct Pixels {
   std::byte* data = nullptr;
   std::int64_t pixel = 0;  // bytes from a pixel to the next
   std::int64_t block = 0;  // bytes from a block of channels to the next
-  int groups = 1;          // groups of 16 channels in a block
+  int groups = 1;          // groups of 16 channels in a block: one or two
   int channels = 0;        // that are there: lanes behind them are taken for zeros, and not written
 };
 

@@ -107,22 +107,26 @@ struct Arriving {
 template <class S>
 void gradient_sums(const MapArgs& a) {
   for (int first = a.first_group; first < a.last_group; first += kBeside<S>) {
-    V sums[kBeside<S>][2], products[kBeside<S>][2];
+    V sums[kBeside<S>][4], products[kBeside<S>][4];
     for (int i = 0; i < kBeside<S>; ++i)
-      for (int j = 0; j < 2; ++j) sums[i][j] = products[i][j] = zero();
+      for (int j = 0; j < 4; ++j) sums[i][j] = products[i][j] = zero();
     by_chunks<S>(a, first, [&](int g, int i, int begin, int end) {
       const Arriving<S> arriving(a, g);
       const V mean = load(a.mean + g * kGroup);
-      for (int p = begin; p < end; ++p) {
+      const auto one = [&](int p, int j) {
         arriving.prefetch(p + kAhead);
         const V z = arriving.z_at(p), v = arriving.at(p, z);
-        sums[i][p & 1] = add(sums[i][p & 1], v);
-        products[i][p & 1] = fma(v, sub(z, mean), products[i][p & 1]);
-      }
+        sums[i][j] = add(sums[i][j], v);
+        products[i][j] = fma(v, sub(z, mean), products[i][j]);
+      };
+      int p = begin;
+      for (; p + 4 <= end; p += 4)
+        for (int j = 0; j < 4; ++j) one(p + j, j);
+      for (; p < end; ++p) one(p, 0);
     });
     for (int i = 0; i < kBeside<S> && first + i < a.last_group; ++i) {
-      store(a.sums + (first + i) * kGroup, add(sums[i][0], sums[i][1]));
-      store(a.sums + a.stride + (first + i) * kGroup, add(products[i][0], products[i][1]));
+      store(a.sums + (first + i) * kGroup, total(sums[i]));
+      store(a.sums + a.stride + (first + i) * kGroup, total(products[i]));
     }
   }
 }

@@ -33,6 +33,10 @@ inline V where_byte(const std::uint8_t* p, int wanted, V x) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(static_cast<char>(wanted))), x.a)};
 }
+// `into` with the first `count` lanes of x from lane `first` on.
+inline V placed(V into, int first, int count, V x) {
+  return {_mm512_mask_expand_ps(into.a, static_cast<__mmask16>(((1u << count) - 1u) << first), x.a)};
+}
 // Rounded, side by side: even[0], odd[0], even[1], ...
 inline void store_pairs(bf16* to, V even, V odd) {
   bf16 halves[2][16];
@@ -94,6 +98,15 @@ inline void store_some(S* p, V v, int lanes) {
   S copy[16];
   store(copy, v);
   for (int i = 0; i < lanes; ++i) p[i] = copy[i];
+}
+
+// `into` with the first `count` lanes of x from lane `first` on.
+inline V placed(V into, int first, int count, V x) {
+  float lanes[16], from[16];
+  store(lanes, into);
+  store(from, x);
+  for (int i = 0; i < count; ++i) lanes[first + i] = from[i];
+  return load(static_cast<const float*>(lanes));
 }
 
 inline void store_pairs(bf16* to, V even, V odd) {

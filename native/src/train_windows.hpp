@@ -1,26 +1,23 @@
 // Regular convolutions: windows as matrices, and back. Included by train_kernels.hpp, inside a namespace.
 
-inline float number(float x) { return x; }
-inline float number(bf16 x) { return widen(x); }
-
-// A window's rows one behind the other. Runs are copied in whole vectors, each over the end of the one before it; so
-// near the end of the map number by number.
+// A window's rows one behind the other, with zeros for what lies outside of the map. Whole vectors are written, each row
+// over the end of the one before it.
 template <class S>
-inline void copy_window(const WindowArgs& a, const S* map, int y0, int x0, bool room, float* to) {
+inline void copy_window(const WindowArgs& a, const S* map, int y0, int x0, float* to) {
   const Window& w = a.window;
   const int channels = a.input.channels, run = w.kernel * channels;
+  const int left = least(most(-x0, 0), w.kernel), right = most(least(w.in_width - x0, w.kernel), left);
+  const int numbers = (right - left) * channels;
   for (int ky = 0; ky < w.kernel; ++ky) {
-    float* at = to + ky * run;
     const int y = y0 + ky;
-    const S* from = map + (static_cast<std::int64_t>(y) * w.in_width + x0) * channels;
-    if (room) {
-      for (int i = 0; i < run; i += kGroup) store(at + i, load(from + i));
-      continue;
-    }
-    for (int kx = 0; kx < w.kernel; ++kx) {
-      const bool inside = y >= 0 && y < w.in_height && x0 + kx >= 0 && x0 + kx < w.in_width;
-      for (int c = 0; c < channels; ++c) at[kx * channels + c] = inside ? number(from[kx * channels + c]) : 0.0f;
-    }
+    const bool inside = y >= 0 && y < w.in_height;
+    float* at = to + ky * run;
+    if (!inside || numbers < run)
+      for (int i = 0; i < run; i += kGroup) store(at + i, zero());
+    if (!inside) continue;
+    const S* from = map + (static_cast<std::int64_t>(y) * w.in_width + x0 + left) * channels;
+    at += left * channels;
+    for (int i = 0; i < numbers; i += kGroup) store(at + i, load_some(from + i, least(numbers - i, kGroup)));
   }
   const int depth = w.kernel * run;
   for (int i = 0; i < 2 * kGroup; i += kGroup) store(to + depth + i, zero());
@@ -45,6 +42,57 @@ inline void copy_lines(const WindowArgs& a, const S* map, int y0, int x0, std::i
   for (int i = w.kernel * lines; i < a.groups / a.output.groups; ++i, to += a.output.block) copy_line(nullptr, to);
 }
 
+// Windows [begin, end) of a row, none of which reaches beyond the map.
+struct Run {
+  int begin, end;
+  std::int64_t out_pixel;  // of window 0
+};
+
+// Windows whose rows are whole groups: a group of all of them, then the next.
+template <class S, class T>
+inline void copy_groups(const WindowArgs& a, const S* map, int y0, const Run& windows) {
+  const int channels = a.input.channels, groups = a.window.kernel * channels / kGroup, step = a.window.stride * channels;
+  const std::int64_t pixel = a.output.pixel;
+  for (int g = 0; g < a.groups; ++g) {
+    const int ky = g / groups;
+    std::byte* to = group_at(a.output, g, windows.out_pixel, sizeof(T));
+    if (ky >= a.window.kernel) {
+      for (int x = windows.begin; x < windows.end; ++x) store(reinterpret_cast<T*>(to + x * pixel), zero());
+      continue;
+    }
+    const S* from = map + (static_cast<std::int64_t>(y0 + ky) * a.window.in_width - a.window.pad_left) * channels +
+                    g % groups * kGroup;
+    for (int x = windows.begin; x < windows.end; ++x) {
+      if constexpr (sizeof(S) == sizeof(T))
+        __builtin_memcpy(to + x * pixel, from + std::int64_t{x} * step, kGroup * sizeof(S));
+      else
+        store(reinterpret_cast<T*>(to + x * pixel), load(from + std::int64_t{x} * step));
+    }
+  }
+}
+
+// Windows of few numbers, their rows put together in a register. What is loaded reaches up to a vector further.
+template <class S, class T>
+inline void place_rows(const WindowArgs& a, const S* map, int y0, const Run& windows) {
+  const int channels = a.input.channels, kernel = a.window.kernel, run = kernel * channels;
+  const int step = a.window.stride * channels;
+  const std::int64_t pixel = a.output.pixel, row = static_cast<std::int64_t>(a.window.in_width) * channels;
+  const S* first = map + y0 * row - static_cast<std::int64_t>(a.window.pad_left) * channels;
+  for (int g = 0; g < a.groups; ++g) {
+    std::byte* to = group_at(a.output, g, windows.out_pixel, sizeof(T));
+    const int behind = g * kGroup;  // numbers of a window that lie in the groups before
+    const int top = least(behind / run, kernel), bottom = least((behind + kGroup + run - 1) / run, kernel);
+    for (int x = windows.begin; x < windows.end; ++x) {
+      V line = zero();
+      for (int ky = top; ky < bottom; ++ky) {
+        const int begin = most(ky * run - behind, 0), end = least((ky + 1) * run - behind, kGroup);
+        line = placed(line, begin, end - begin, load(first + ky * row + std::int64_t{x} * step + (begin + behind - ky * run)));
+      }
+      store(reinterpret_cast<T*>(to + x * pixel), line);
+    }
+  }
+}
+
 template <class S, class T>
 void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
   const Window& w = a.window;
@@ -52,31 +100,31 @@ void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
   const S* map =
       reinterpret_cast<const S*>(a.input.data) + static_cast<std::int64_t>(a.image) * w.in_height * w.in_width * channels;
   const int y0 = row * w.stride - w.pad_top;
-  const bool inside = y0 >= 0 && y0 + w.kernel <= w.in_height;
+  // Those that lie on the map, or none.
+  Run whole{0, 0, out_pixel};
+  if (y0 >= 0 && y0 + w.kernel <= w.in_height && w.in_width >= w.kernel - w.pad_left) {
+    whole.begin = least((w.pad_left + w.stride - 1) / w.stride, w.out_width);
+    whole.end = most(least((w.in_width - w.kernel + w.pad_left) / w.stride + 1, w.out_width), whole.begin);
+  }
+  if (sizeof(S) == sizeof(T) && run * static_cast<int>(sizeof(S)) % kLineBytes == 0) {
+    for (int x = whole.begin; x < whole.end; ++x) copy_lines(a, map, y0, x * w.stride - w.pad_left, out_pixel + x);
+  } else if (run % kGroup == 0) {
+    copy_groups<S, T>(a, map, y0, whole);
+  } else if (a.groups <= 2) {
+    // What is loaded behind a window's last number lies in this map, too.
+    const std::int64_t left = static_cast<std::int64_t>(w.in_height - y0 - w.kernel + 1) * w.in_width * channels;
+    const std::int64_t room = left + w.pad_left * channels - run - kGroup;
+    const int fit = room < 0 ? 0 : static_cast<int>(room / (w.stride * channels)) + 1;
+    whole.end = most(least(whole.end, fit), whole.begin);
+    place_rows<S, T>(a, map, y0, whole);
+  } else {
+    whole.end = whole.begin;
+  }
   float window[kMostDepth + 2 * kGroup];
   for (int x = 0; x < w.out_width; ++x) {
-    const int x0 = x * w.stride - w.pad_left;
-    const bool whole = inside && x0 >= 0 && x0 + w.kernel <= w.in_width;
-    // What is read behind the last run still lies in this map.
-    const bool room = whole && (static_cast<std::int64_t>(y0 + w.kernel - 1) * w.in_width + x0) * channels + run + kGroup <=
-                                   static_cast<std::int64_t>(w.in_height) * w.in_width * channels;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      if (whole && run * static_cast<int>(sizeof(S)) % kLineBytes == 0) {
-        copy_lines(a, map, y0, x0, out_pixel + x);
-        continue;
-      }
-    }
-    if (whole && run % kGroup == 0) {
-      int g = 0;
-      for (int ky = 0; ky < w.kernel; ++ky) {
-        const S* from = map + (static_cast<std::int64_t>(y0 + ky) * w.in_width + x0) * channels;
-        for (int i = 0; i < run; i += kGroup, ++g)
-          store(reinterpret_cast<T*>(group_at(a.output, g, out_pixel + x, sizeof(T))), load(from + i));
-      }
-      for (; g < a.groups; ++g) store(reinterpret_cast<T*>(group_at(a.output, g, out_pixel + x, sizeof(T))), zero());
-      continue;
-    }
-    copy_window(a, map, y0, x0, room, window);
+    if (x == whole.begin) x = whole.end;
+    if (x >= w.out_width) break;
+    copy_window(a, map, y0, x * w.stride - w.pad_left, window);
     for (int g = 0; g < a.groups; ++g)
       store(reinterpret_cast<T*>(group_at(a.output, g, out_pixel + x, sizeof(T))),
             load(static_cast<const float*>(window + g * kGroup)));

@@ -68,6 +68,11 @@ FIXED_CONVOLUTIONS = {
     "gaps": ConvCase(channels=9, height=17, width=19, out=20, kernel=2, stride=5, output_relu=True),
     "the whole map": ConvCase(images=40, channels=11, height=3, width=4, out=21, kernel=5, padding=1),
     "the deepest": ConvCase(channels=16, height=18, width=17, out=3, kernel=16),  # 4,096 numbers in a window
+    # Windows of few numbers, which are put together in a register: up to the map's last number, and not beyond.
+    "one channel": ConvCase(images=3, channels=1, height=28, width=28, out=16, padding=1, output_relu=True),
+    "a few pixels": ConvCase(images=5, channels=1, height=3, width=4, out=3),
+    "two vectors": ConvCase(channels=2, height=9, width=8, out=18, kernel=4, padding=3),
+    "small steps": ConvCase(channels=3, height=11, width=33, out=7, stride=3, padding=2),
     # Strips of the windows' rows, and of the map's own.
     "strips": ConvCase(channels=3, height=150, width=120, out=33, stride=2, padding=1, output_relu=True),
     "thin strips": ConvCase(channels=40, height=50, width=64, out=48, kernel=5, padding=2),
