@@ -126,7 +126,7 @@ def test_the_recipe_learns_at_the_papers_rate(tmp_path: Path) -> None:
             tmp_path / f"{epsilon}",
             data="fashion-composites:1000",
             model_options=LARGER,
-            epochs=3,
+            epochs=4,  # four seeds: 0.68 to 0.70; after three, 0.62 to 0.67
             batch_size=10,
             learning_rate=named_recipe("jft").optimizer.learning_rate,
             decay_samples=3_000_000,

@@ -104,9 +104,9 @@ def _optimiser(threads: int, level: str) -> Optimiser:
 
 
 def _row(of: Arrays) -> list[int]:
-    weight = of.weight
+    weight, shape = of.weight, of.weight.shape
     channels_last = not weight.is_contiguous()
-    addresses = [0 if t is None else _address(t, weight, channels_last) for t in _arrays(of)]
+    addresses = [0 if t is None else _address(t, weight, shape, channels_last) for t in _arrays(of)]
     return [*addresses, weight.numel()]
 
 
@@ -114,15 +114,15 @@ def _arrays(of: Arrays) -> tuple[Tensor | None, ...]:
     return of.weight, of.gradient, of.first, of.second, of.average
 
 
-def _address(array: Tensor, weight: Tensor, channels_last: bool) -> int:
+def _address(array: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> int:
     if type(array) not in (Tensor, nn.Parameter):
         raise Unsuitable(f"a {type(array).__name__} is no plain tensor")
-    if array.dtype != torch.float32 or array.device.type != "cpu" or array.layout != torch.strided or array.is_neg():
+    if array.dtype != torch.float32 or not array.is_cpu or array.layout != torch.strided or array.is_neg():
         raise Unsuitable(f"expected float32 on the CPU, got {array.dtype} on {array.device}, {array.layout}")
     if array.is_inference():
         raise Unsuitable("a tensor that was made in inference mode")
-    if array.shape != weight.shape:
-        raise Unsuitable(f"expected the weight's shape {tuple(weight.shape)}, got {tuple(array.shape)}")
+    if array.shape != shape:
+        raise Unsuitable(f"expected the weight's shape {tuple(shape)}, got {tuple(array.shape)}")
     if channels_last:
         dense = array.dim() == 4 and array.is_contiguous(memory_format=torch.channels_last)
     else:

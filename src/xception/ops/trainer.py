@@ -35,7 +35,7 @@ def covers(x: Tensor) -> bool:
     """Whether the compiled path may be taken for this input now, whatever the operation is."""
     return (
         type(x) in (Tensor, nn.Parameter)  # fake tensors say that they are on the CPU, too
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dim() == 4
         and x.numel() > 0
         and fits(x.shape[0], x.shape[1], x.shape[2], x.shape[3])
@@ -73,7 +73,7 @@ def trains(x: Tensor, normalised: Sequence[Normalised]) -> bool:
     given = [x, *(t for each in normalised for t in each.parameters())]
     if not gathers and not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return False
-    if not all(t.dtype == torch.float32 and t.device.type == "cpu" for each in normalised for t in each.tensors()):
+    if not all(t.dtype == torch.float32 and t.is_cpu for each in normalised for t in each.tensors()):
         return False
     return all(_is_whole(each) for each in normalised)
 
@@ -171,12 +171,15 @@ def update_running(given: Normalised, norm: Tensor, count: int) -> None:
     """Running statistics as PyTorch has them: the variance's is of the sample, divided by count - 1."""
     if not given.gathers or given.momentum is None:
         return
-    with torch.no_grad():
-        mean, variance = norm[MEAN], norm[VARIANCE]
-        if given.running_mean is not None:
-            given.running_mean.lerp_(mean, given.momentum)
-        if given.running_variance is not None:
-            given.running_variance.lerp_(variance * (count / (count - 1)), given.momentum)
+    # By NumPy, whose operations on so few numbers take a fifth of PyTorch's time.
+    of_batch, share = norm.numpy(), np.float32(given.momentum)
+    found = (of_batch[MEAN], of_batch[VARIANCE] * np.float32(count / (count - 1)))
+    for running, value in zip((given.running_mean, given.running_variance), found, strict=True):
+        if running is not None:
+            kept = running.detach().numpy()
+            kept *= 1 - share
+            kept += value * share
+            torch.autograd.graph.increment_version(running)
 
 
 # ------------------------------------------------------------------------------------- gradients of gradients
