@@ -106,7 +106,9 @@ void window_row(const WindowArgs& a, int row, std::int64_t out_pixel) {
     whole.begin = least((w.pad_left + w.stride - 1) / w.stride, w.out_width);
     whole.end = most(least((w.in_width - w.kernel + w.pad_left) / w.stride + 1, w.out_width), whole.begin);
   }
-  if (sizeof(S) == sizeof(T) && run * static_cast<int>(sizeof(S)) % kLineBytes == 0) {
+  if (whole.begin == whole.end) {
+    // All of them hang over an edge.
+  } else if (sizeof(S) == sizeof(T) && run * static_cast<int>(sizeof(S)) % kLineBytes == 0) {
     for (int x = whole.begin; x < whole.end; ++x) copy_lines(a, map, y0, x * w.stride - w.pad_left, out_pixel + x);
   } else if (run % kGroup == 0) {
     copy_groups<S, T>(a, map, y0, whole);
