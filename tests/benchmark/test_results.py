@@ -1,4 +1,4 @@
-"""Result files and the README's table."""
+"""Result files and the documents' tables."""
 
 from __future__ import annotations
 
@@ -8,23 +8,12 @@ from typing import Any
 
 import pytest
 
-from xception.benchmark.results import (
-    BEGIN,
-    END,
-    FOLDER,
-    KINDS,
-    Kind,
-    main,
-    marks,
-    pattern,
-    read_lines,
-    table,
-    with_table,
-    write_lines,
-)
+from xception.benchmark.results import FOLDER, KINDS, Kind, main, marks, pattern, read_lines, with_table, write_lines
+from xception.benchmark.tables import table
 from xception.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+BEGIN, END = marks("inference")
 MACHINE: dict[str, Any] = {
     "system": "machine", "cpu": "A CPU", "features": ["avx2", "avx512"], "threads": 2, "date": "2026-11-22",
     "commit": "abc", "versions": {"xception": "0.1.0", "timm": None, "openvino": "2026.4.1"},
@@ -69,7 +58,7 @@ def test_lines_come_back(folder: Path) -> None:
 
 
 def test_the_table_has_a_row_for_each_of_ours(folder: Path) -> None:
-    rows = table(folder).splitlines()
+    rows = table(folder, "inference").splitlines()
     what, peer = "| `xception`, 299 pixels |", "40.0 images/s (openvino sync, bf16)"
     assert rows[2:5] == [
         f"{what} bf16 | throughput, batch 8 | 81.2 images/s | {peer} | 2.03 | 1.2e-02 |",
@@ -84,7 +73,7 @@ def test_the_table_has_a_row_for_each_of_ours(folder: Path) -> None:
 
 def test_every_machine_has_its_part(folder: Path) -> None:
     (folder / "inference-b.jsonl").write_text("\n".join(map(json.dumps, [{**MACHINE, "cpu": "Another"}, OURS])))
-    made = table(folder)
+    made = table(folder, "inference")
     assert made.index("A CPU") < made.index("Another")
     assert made.count("| network |") == 2
 
@@ -100,26 +89,35 @@ def test_the_table_goes_between_its_marks(folder: Path, tmp_path: Path) -> None:
     main([str(readme)])
     assert readme.read_text() == text
     with pytest.raises(ConfigError, match="benchmark:inference"):
-        with_table("no marks", "table")
+        with_table("no marks", "table", "inference")
+    readme.write_text("no marks")
+    with pytest.raises(ConfigError, match=r"README\.md: expected <!-- benchmark:inference"):
+        main([str(readme)])
 
 
 @pytest.mark.parametrize("content", ["", "no json", "[1]\n", '{"system": "xception"}\n'])
 def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "inference.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=r"inference\.jsonl: expected"):
-        table(tmp_path)
+        table(tmp_path, "inference")
     with pytest.raises(ConfigError, match="to make a table of"):
-        table(tmp_path / "empty")
+        table(tmp_path / "empty", "inference")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
-def test_the_readme_is_current(name: str, kind: Kind) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for kind in ("inference", "training") for name in ("README.md", "README.ko.md")]
+    + [("docs/speed.md", "scaling")],
+)
+def test_the_document_is_current(name: str, kind: Kind) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    if not list((ROOT / FOLDER).glob(pattern(kind))) or (marks(kind)[0] not in text and name != "README.md"):
-        pytest.skip("no results, or no table in this document")
     made = with_table(text, table(ROOT / FOLDER, kind), kind)
     assert made == text, f"run: python -m xception.benchmark.results {name}"
+
+
+def test_all_results_are_of_a_kind() -> None:
+    files = {path for kind in KINDS for path in (ROOT / FOLDER).glob(pattern(kind))}
+    assert files == set((ROOT / FOLDER).iterdir())
 
 
 def test_the_ratio_to_inception_is_a_column_where_it_was_measured(tmp_path: Path) -> None:
@@ -150,6 +148,42 @@ def test_training_has_a_table_of_its_own(folder: Path, tmp_path: Path) -> None:
     main([str(readme)])
     text = readme.read_text()
     assert text.index("| logit error |") < text.index(END) < text.index(begin) < text.index("| MB |") < text.index(end)
-    (folder / "training-a.jsonl").unlink()
     readme.write_text(f"{BEGIN}\n{END}\n")
-    main([str(readme)])  # nothing was measured, nothing is asked for
+    main([str(readme)])  # what is not asked for is left out
+    assert "| MB |" not in readme.read_text()
+
+
+def test_cost_by_batch_size_and_threads(folder: Path, tmp_path: Path) -> None:
+    def at(axis: str, **changed: Any) -> dict[str, Any]:
+        return {**OURS, "scaling": axis, **changed}
+
+    fp32 = {"precision": "fp32", "ratio_to_best_peer": None}
+    points = [
+        at("batch", batch=1, images_per_second=50.0),
+        at("batch", batch=1, images_per_second=25.0, **fp32),
+        at("batch", batch=2, images_per_second=60.0, ratio_to_best_peer=1.5),
+        at("threads", threads=1),
+        at("threads", threads=1, mode="latency", latency_ms=12.5, ratio_to_best_peer=0.5),
+    ]
+    peer = {**line("openvino", images_per_second=1.0), "scaling": "batch", "batch": 1}
+    failed = {"system": "xception", "error": "it crashed", "model": "xception", "scaling": "size"}
+    write_lines(folder / "scaling-a.jsonl", [MACHINE, OURS, *points[:2], peer, failed, *points[2:]])
+    rows = table(folder, "scaling").splitlines()
+    assert rows[:4] == [
+        "| images a call | bf16 compiled: images/s | fp32 compiled: images/s |",
+        "| --- | --- | --- |",
+        "| 1 | 50.0 (2.03) | 25.0 |",
+        "| 2 | 60.0 (1.50) |  |",
+    ]
+    caption = "A CPU (avx2, avx512), 2 threads; xception 0.1.0, openvino 2026.4.1; 2026-11-22"
+    assert rows[4:] == [
+        "", "| threads | bf16 compiled: images/s |", "| --- | --- |", "| 1 | 81.2 (2.03) |",
+        "", "| threads | bf16 compiled: one image, ms |", "| --- | --- |", "| 1 | 12.5 (0.50) |",
+        "", f"{caption}, `benchmarks/results/scaling-a.jsonl`.",
+    ]  # fmt: skip
+    document = tmp_path / "docs" / "speed.md"
+    document.parent.mkdir()
+    begin, end = marks("scaling")
+    document.write_text(f"{begin}\n{end}\n")
+    main([str(document)])  # the results are beside the document's folder
+    assert document.read_text() == f"{begin}\n{table(folder, 'scaling')}{end}\n"

@@ -45,6 +45,28 @@ def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[byte
     return subprocess.run([sys.executable, "-m", "xception", *arguments], input=stdin, capture_output=True, check=False)
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "main(['predict', RUN, IMAGE])",
+        "main(['predict', RUN, IMAGE, '--backend', 'torch'])",
+        "main(['evaluate', RUN, 'digits'])",
+        "xception.load(RUN).predict([IMAGE])",
+        "xception.create_model('xception_small').eval()(torch.zeros(1, 3, 28, 28))",
+        "xception.compile(xception.create_model('xception_small'))(torch.zeros(1, 3, 28, 28))",
+    ],
+)
+def test_answers_load_torch_and_no_more(code: str, trained: Path, image: Path) -> None:
+    """To load torchvision, torch.compile and sympy takes longer than most answers."""
+    whole = (
+        "import sys, torch, xception; from xception.cli.main import main; RUN, IMAGE = sys.argv[1:];"
+        f"torch.set_grad_enabled(False); {code};"
+        "print('loaded', {'torchvision', 'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", whole, trained, image], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["loaded set()"], done.stderr
+
+
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     """A ratio, since machines differ: help must cost a small part of what importing torch costs."""
     code = (

@@ -78,7 +78,9 @@ def test_shift_and_flip_are_torchvisions(margin: int, flip: float, size: tuple[i
 
     preprocess = Preprocess(size=size)
     augmenter = SampleAugmenter(Augment(translate_pixels=margin, horizontal_flip=flip), preprocess)
-    padded = augmenter.pad(preprocess.geometry(picture(40, 31)))
+    fitted = preprocess.geometry(picture(40, 31))
+    padded = augmenter.pad(fitted)
+    assert torch.equal(padded, v2.functional.pad(fitted, [margin] * 4, padding_mode="edge"))
     theirs = [v2.RandomCrop(size)] if margin else []
     theirs += [v2.RandomHorizontalFlip(flip)] if flip else []
     with isolated_rng() as reseed:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from image_files import picture
 from PIL import Image
 
-from xception.data.preprocess import Preprocess
+from xception.data.preprocess import Preprocess, _centre
 from xception.errors import ConfigError
 
 sizes = st.integers(1, 80)
@@ -90,6 +90,40 @@ def test_crop_is_pillow_s_resize_and_the_centre(interpolation, filter, height: i
     reference = reference[top : top + size, left : left + size]
     got = preprocess.geometry(image).permute(1, 2, 0).numpy()
     assert np.abs(got.astype(int) - reference).max() <= (0 if interpolation == "nearest" else 1)
+
+
+@pytest.mark.parametrize("capability", [None, "DEFAULT"], ids=["vectors", "no vectors"])
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 3), max_size=2),
+    st.tuples(sizes, sizes),
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.sampled_from(["bilinear", "bicubic", "nearest"]),
+    st.sampled_from([1, 3]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_resize_and_crop_are_torchvisions(
+    capability: str | None, many, given_size, size, interpolation, channels: int, channels_last: bool, seed: int
+) -> None:
+    """Bit for bit those of the functions whose place they take, whatever lies beside what in memory."""
+    from torchvision.transforms.v2 import functional
+
+    numbers = np.random.default_rng(seed).integers(0, 256, (*many, channels, *given_size), np.uint8)
+    images = torch.from_numpy(numbers)
+    if channels_last:
+        images = images.movedim(-3, -1).contiguous().movedim(-1, -3)
+    preprocess = Preprocess(size=size, resize="squash", interpolation=interpolation, channels=channels)
+    options = {"interpolation": preprocess.interpolation_mode, "antialias": interpolation != "nearest"}
+    with pytest.MonkeyPatch.context() as patch:
+        if capability is not None:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        fitted = preprocess.fit(images)
+        # Theirs fails where 3 x H x W, lying so, becomes one pixel.
+        theirs = images.movedim(-3, -1).contiguous().movedim(-1, -3) if size == (1, 1) else images
+        assert torch.equal(fitted, functional.resize(theirs, list(size), **options))
+    least = tuple(map(min, given_size, size))
+    assert torch.equal(_centre(images, least), functional.center_crop(images, list(least)))
 
 
 def test_squash_ignores_the_shape() -> None:

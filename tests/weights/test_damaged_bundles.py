@@ -104,6 +104,7 @@ def test_places_that_hold_no_bundle(tmp_path: Path) -> None:
 
 _CHILD = """
 import resource, sys
+import torchvision  # which a file that names one of its networks has loaded
 from pathlib import Path
 import hostile_bundles as hostile
 from xception.errors import WeightsError

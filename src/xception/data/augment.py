@@ -110,34 +110,18 @@ class SampleAugmenter:
     """The transforms that an `Augment` asks for, ready to run on one image after the other."""
 
     def __init__(self, augment: Augment, preprocess: Preprocess) -> None:
-        from torchvision.transforms import v2
-
         self._preprocess = preprocess
         self._margin = augment.translate_pixels
         # Reductions over an image add up in another order on another number of threads.
         self.needs_one_thread = augment.rand_augment > 0
-        self._crop = (
-            v2.RandomResizedCrop(
-                preprocess.size,
-                scale=augment.random_resized_crop,
-                interpolation=preprocess.interpolation_mode,
-                antialias=preprocess.interpolation != "nearest",
-            )
-            if augment.random_resized_crop is not None
-            else None
-        )
-        mean = [round(255 * value) for value in preprocess.mean]
-        bilinear = v2.InterpolationMode.BILINEAR
+        self._crop = _resized_crop(augment.random_resized_crop, preprocess) if augment.random_resized_crop else None
         self._transforms: list[Callable[[Any], Any]] = []
         if augment.translate_pixels:
             self._transforms.append(functools.partial(_shift, size=preprocess.size, places=2 * self._margin + 1))
         if augment.horizontal_flip:
             self._transforms.append(functools.partial(_flip, probability=augment.horizontal_flip))
-        if augment.rand_augment:
-            count, magnitude = augment.rand_augment, augment.rand_augment_magnitude
-            self._transforms.append(v2.RandAugment(count, magnitude, interpolation=bilinear, fill=mean))
-        if augment.random_erasing:
-            self._transforms.append(v2.RandomErasing(augment.random_erasing, value=mean))
+        if augment.rand_augment or augment.random_erasing:
+            self._transforms += _further(augment, preprocess)
 
     def __call__(self, image: npt.NDArray[np.uint8]) -> torch.Tensor:
         """uint8 H W C -> uint8 C H W of the input size, drawing from torch's generator as it is."""
@@ -147,18 +131,45 @@ class SampleAugmenter:
 
     def pad(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [...,] C H W of the input size -> the same with the margin that shifting needs."""
-        from torchvision.transforms.v2 import functional
+        import numpy as np
+        import torch
 
         if self._margin == 0:
             return images
-        padded: torch.Tensor = functional.pad(images, [self._margin] * 4, padding_mode="edge")
-        return padded
+        sides = [(0, 0)] * (images.ndim - 2) + [(self._margin, self._margin)] * 2
+        return torch.from_numpy(np.pad(images.numpy(), sides, mode="edge"))
 
     def from_padded(self, image: torch.Tensor) -> torch.Tensor:
         """What `pad` gave for one image -> uint8 C H W of the input size: all that is random but the resized crop."""
         for transform in self._transforms:
             image = transform(image)
         return image
+
+
+# Where none of torchvision's transforms is asked for it is not loaded: that takes a second.
+
+
+def _resized_crop(share: tuple[float, float], preprocess: Preprocess) -> Callable[[Any], Any]:
+    from torchvision.transforms import v2
+
+    crop: Callable[[Any], Any] = v2.RandomResizedCrop(
+        preprocess.size,
+        scale=share,
+        interpolation=preprocess.interpolation_mode,
+        antialias=preprocess.interpolation != "nearest",
+    )
+    return crop
+
+
+def _further(augment: Augment, preprocess: Preprocess) -> Iterator[Callable[[Any], Any]]:
+    from torchvision.transforms import v2
+
+    mean = [round(255 * value) for value in preprocess.mean]
+    if augment.rand_augment:
+        count, magnitude = augment.rand_augment, augment.rand_augment_magnitude
+        yield v2.RandAugment(count, magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)
+    if augment.random_erasing:
+        yield v2.RandomErasing(augment.random_erasing, value=mean)
 
 
 def _shift(image: torch.Tensor, *, size: tuple[int, int], places: int) -> torch.Tensor:
@@ -192,12 +203,13 @@ def mix_batch(
         Images of the same shape, and targets as float32 N K that sum to what they summed to before.
     """
     import torch
-    from torchvision.transforms import v2
 
     if targets.ndim == 1:
         targets = torch.nn.functional.one_hot(targets, num_classes).to(torch.float32)
     if not augment.mixes or len(images) == 0:
         return images, targets
+    from torchvision.transforms import v2
+
     with isolated_rng() as reseed:
         reseed(seed)
         choices = [v2.MixUp(alpha=augment.mixup)] if augment.mixup else []

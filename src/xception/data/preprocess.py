@@ -7,6 +7,7 @@ and stays in uint8, `normalize` the last; training puts its augmentation between
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -118,23 +119,15 @@ class Preprocess:
 
     def fit(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [...,] C H W of one size -> the same with H W = `size`: resize and centre crop."""
-        from torchvision.transforms.v2 import functional
-
         height, width = images.shape[-2:]
         if self.resize == "crop" and max(height, width) > _MAX_ASPECT * min(height, width):
             # A line of a million pixels, scaled until its one row covers the input, would not fit into memory.
-            images = functional.center_crop(
-                images, [min(height, _MAX_ASPECT * width), min(width, _MAX_ASPECT * height)]
-            )
+            images = _centre(images, (min(height, _MAX_ASPECT * width), min(width, _MAX_ASPECT * height)))
             height, width = images.shape[-2:]
         target = self._resized(height, width)
         if target != (height, width):
-            images = functional.resize(
-                images, list(target), interpolation=self.interpolation_mode, antialias=self.interpolation != "nearest"
-            )
-        if target != self.size:
-            images = functional.center_crop(images, list(self.size))
-        return images
+            images = _scaled(images, target, self.interpolation)
+        return _centre(images, self.size)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [...,] C H W -> float32 of the same shape: (x / 255 - mean) / std."""
@@ -186,3 +179,38 @@ class Preprocess:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# Both give what torchvision's functions of transforms.v2 give, bit for bit. These are two calls of PyTorch, and loading
+# torchvision for them takes longer than a folder of pictures.
+
+
+def _centre(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The middle of [...,] H W, of a size that it has; where it cannot be the middle, what is rounded to even."""
+    top, left = (round((has - wants) / 2) for has, wants in zip(images.shape[-2:], size, strict=True))
+    return images[..., top : top + size[0], left : left + size[1]]
+
+
+def _scaled(images: torch.Tensor, size: tuple[int, int], interpolation: Interpolation) -> torch.Tensor:
+    """uint8 [...,] C H W -> uint8 [...,] C and `size`."""
+    import torch
+
+    # PyTorch turns to H W C what is not, and fails on it where the result has one pixel.
+    batch = images.reshape(-1, *images.shape[-3:]).contiguous(memory_format=torch.channels_last)
+    if len(batch) == 1:  # its stride means nothing: this one lets PyTorch see that H W C lie together, and keep it so
+        batch = batch.as_strided(batch.shape, (batch.numel(), *batch.stride()[1:]))
+    options: dict[str, Any] = {"mode": "nearest-exact"}  # plain 'nearest' is off by half a pixel
+    if interpolation != "nearest":
+        options = {"mode": interpolation, "align_corners": False, "antialias": True}
+    # Where there are vectors of bytes PyTorch interpolates bytes; elsewhere that would be slower than this.
+    as_floats = interpolation == "bilinear" and not _has_byte_kernels()
+    result = torch.nn.functional.interpolate(batch.float() if as_floats else batch, size, **options)
+    if as_floats:
+        result = result.round_().to(torch.uint8)
+    return result.reshape(images.shape[:-2] + size)
+
+
+def _has_byte_kernels() -> bool:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")

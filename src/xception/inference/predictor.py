@@ -193,9 +193,6 @@ class Predictor:
         logits: bool,
         timings: Timings,
     ) -> Iterator[Prediction | FailedImage]:
-        # What resizing needs takes a second or more to load: here, where no thread's time is measured yet.
-        import torchvision.transforms.v2  # noqa: F401
-
         remaining = iter(paths)
         pool = ThreadPoolExecutor(timings.workers, thread_name_prefix="xception-decode")
         ahead: deque[Future[_Decoded]] = deque()

@@ -8,6 +8,8 @@ autograd, so that `torch.compile` and `torch.export` see one node.
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -114,7 +116,6 @@ def _word(padding: int) -> Padding:
 # ---------------------------------------------------------------------------------------------- the operators
 
 
-@library.custom_op("xception::depthwise_conv2d", mutates_args=())
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
     one_each = x.dim() == 4 and len(weight) == x.shape[1]
     if one_each and _is_native(x, weight, bias) and _has_kernels(x, weight, stride, padding, dilation):
@@ -128,7 +129,6 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padd
     return y.contiguous(memory_format=torch.channels_last)
 
 
-@library.custom_op("xception::separable_conv2d", mutates_args=())
 def _separable(
     x: Tensor,
     depthwise: Tensor,
@@ -185,13 +185,11 @@ def _separable(
     return y.contiguous(memory_format=torch.channels_last)
 
 
-@_depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
+def _depthwise_fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
     return _empty(x, weight.shape[0], weight, stride, padding, dilation)
 
 
-@_separable.register_fake
-def _(
+def _separable_fake(
     x: Tensor,
     depthwise: Tensor,
     pointwise: Tensor,
@@ -277,8 +275,35 @@ def _separable_definition(
     )
 
 
-_depthwise.register_autograd(_backward(_depthwise_definition), setup_context=_remember)
-_separable.register_autograd(_backward(_separable_definition), setup_context=_remember)
+# What `library.custom_op` does, but that it loads all of torch.compile at the first call of an operator: more than a
+# second, and 150 MB.
+_LIBRARY = library.Library("xception", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _register(name: str, function: Any, fake: Any, definition: Any) -> None:
+    _LIBRARY.define(name + library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, _untraced(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    library.register_fake(f"xception::{name}", fake, lib=_LIBRARY)
+    library.register_autograd(f"xception::{name}", _backward(definition), setup_context=_remember, lib=_LIBRARY)
+
+
+def _untraced(function: Any) -> Any:
+    """`function`, into which torch.compile, where it is loaded, does not look."""
+
+    @functools.cache
+    def opaque() -> Any:
+        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Tensor:
+        result: Tensor = (opaque() if "torch._dynamo" in sys.modules else function)(*arguments)
+        return result
+
+    return run
+
+
+_register("depthwise_conv2d", _depthwise, _depthwise_fake, _depthwise_definition)
+_register("separable_conv2d", _separable, _separable_fake, _separable_definition)
 
 
 # ------------------------------------------------------------------------------------------------- the kernels

@@ -76,7 +76,10 @@ def materialise(skeleton: nn.Module, name: str, config: Mapping[str, Any]) -> nn
     """
     expected = list(tensors_of(skeleton))
     if not _has_hidden_tensors(skeleton):
-        model = skeleton.to_empty(device="cpu")
+        # As `to_empty`, but for a way of PyTorch's to the tensors that has to load sympy.
+        model: nn.Module = skeleton._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        )
         if list(tensors_of(model)) == expected:  # else a shared parameter came apart
             return model
     with torch.random.fork_rng(devices=[]):
