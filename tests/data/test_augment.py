@@ -69,20 +69,25 @@ def test_other_random_numbers_are_neither_used_nor_moved(channels: int) -> None:
 @given(
     st.sampled_from([0, 1, 2, 7]),
     st.sampled_from([0.0, 0.3, 0.5, 1.0]),
-    st.sampled_from([(20, 20), (28, 17), (1, 1)]),
+    st.sampled_from([0.0, 0.25, 1.0]),
+    st.sampled_from([(20, 20), (28, 17), (3, 2), (1, 1)]),
     st.integers(0, 2**64 - 1),
 )
-def test_shift_and_flip_are_torchvisions(margin: int, flip: float, size: tuple[int, int], seed: int) -> None:
+def test_shift_flip_and_erasing_are_torchvisions(
+    margin: int, flip: float, erasing: float, size: tuple[int, int], seed: int
+) -> None:
     """The same draws and the same pixels as the transforms whose place they take."""
     from torchvision.transforms import v2
 
-    preprocess = Preprocess(size=size)
-    augmenter = SampleAugmenter(Augment(translate_pixels=margin, horizontal_flip=flip), preprocess)
+    preprocess = Preprocess(size=size, mean=(0.1, 0.5, 0.9))
+    augment = Augment(translate_pixels=margin, horizontal_flip=flip, random_erasing=erasing)
+    augmenter = SampleAugmenter(augment, preprocess)
     fitted = preprocess.geometry(picture(40, 31))
     padded = augmenter.pad(fitted)
     assert torch.equal(padded, v2.functional.pad(fitted, [margin] * 4, padding_mode="edge"))
     theirs = [v2.RandomCrop(size)] if margin else []
     theirs += [v2.RandomHorizontalFlip(flip)] if flip else []
+    theirs += [v2.RandomErasing(erasing, value=[26, 128, 230])] if erasing else []
     with isolated_rng() as reseed:
         reseed(seed)
         expected = padded

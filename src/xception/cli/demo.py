@@ -24,6 +24,7 @@ def demo_recipe(seed: int) -> Recipe:
         image_size=16,
         translate_pixels=1,
         horizontal_flip=0.0,
+        random_erasing=0.0,
         polyak_decay=0.99,
         seed=seed,
         val_fraction=0.1,

@@ -1,7 +1,8 @@
 """Random changes to training images: what is asked for (`Augment`) and what does it (`SampleAugmenter`, `mix_batch`).
 
-All of it is torchvision.transforms.v2 on uint8 C H W on the CPU, but for shift and flip: these make the same draws and
-the same images, without the transforms' inspection of their arguments, which costs small images most of their time.
+All of it is torchvision.transforms.v2 on uint8 C H W on the CPU, but for shift, flip and erasing: these make the same
+draws and the same images, without the transforms' inspection of their arguments, which costs small images most of
+their time.
 They draw from torch's global generator; `isolated_rng` seeds it from the sample's own coordinates and puts it back
 afterwards, so that what happens to a sample depends on nothing but its seed, and the caller's random numbers on none of
 this.
@@ -13,6 +14,7 @@ the batch is normalised and mixed.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,8 +122,11 @@ class SampleAugmenter:
             self._transforms.append(functools.partial(_shift, size=preprocess.size, places=2 * self._margin + 1))
         if augment.horizontal_flip:
             self._transforms.append(functools.partial(_flip, probability=augment.horizontal_flip))
-        if augment.rand_augment or augment.random_erasing:
-            self._transforms += _further(augment, preprocess)
+        mean = [min(max(round(255 * value), 0), 255) for value in preprocess.mean]
+        if augment.rand_augment:
+            self._transforms.append(_rand_augment(augment, mean))
+        if augment.random_erasing:
+            self._transforms.append(functools.partial(_erase, probability=augment.random_erasing, mean=mean))
 
     def __call__(self, image: npt.NDArray[np.uint8]) -> torch.Tensor:
         """uint8 H W C -> uint8 C H W of the input size, drawing from torch's generator as it is."""
@@ -161,15 +166,16 @@ def _resized_crop(share: tuple[float, float], preprocess: Preprocess) -> Callabl
     return crop
 
 
-def _further(augment: Augment, preprocess: Preprocess) -> Iterator[Callable[[Any], Any]]:
+def _rand_augment(augment: Augment, mean: list[int]) -> Callable[[Any], Any]:
     from torchvision.transforms import v2
 
-    mean = [round(255 * value) for value in preprocess.mean]
-    if augment.rand_augment:
-        count, magnitude = augment.rand_augment, augment.rand_augment_magnitude
-        yield v2.RandAugment(count, magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)
-    if augment.random_erasing:
-        yield v2.RandomErasing(augment.random_erasing, value=mean)
+    transform: Callable[[Any], Any] = v2.RandAugment(
+        augment.rand_augment,
+        augment.rand_augment_magnitude,
+        interpolation=v2.InterpolationMode.BILINEAR,
+        fill=mean,
+    )
+    return transform
 
 
 def _shift(image: torch.Tensor, *, size: tuple[int, int], places: int) -> torch.Tensor:
@@ -185,6 +191,29 @@ def _flip(image: torch.Tensor, *, probability: float) -> torch.Tensor:
     import torch
 
     return image.flip(-1) if float(torch.rand(1)) < probability else image
+
+
+def _erase(image: torch.Tensor, *, probability: float, mean: list[int]) -> torch.Tensor:
+    """The image or one with a box of `mean` in it, as v2.RandomErasing makes it.
+
+    The box has 2 to 33 % of the area, and is 0.3 to 3.3 times as high as wide.
+    """
+    import torch
+
+    if float(torch.rand(1)) >= probability:
+        return image
+    height, width = image.shape[-2:]
+    lowest, highest = torch.tensor([0.3, 3.3]).log().tolist()
+    for _ in range(10):  # a box that does not fit is drawn again
+        area = height * width * float(torch.empty(1).uniform_(0.02, 0.33))
+        ratio = float(torch.empty(1).uniform_(lowest, highest).exp())
+        rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if rows < height and columns < width:
+            top, left = int(torch.randint(height - rows + 1, ())), int(torch.randint(width - columns + 1, ()))
+            erased = image.clone()
+            erased[:, top : top + rows, left : left + columns] = torch.tensor(mean, dtype=torch.uint8)[:, None, None]
+            return erased
+    return image
 
 
 def mix_batch(

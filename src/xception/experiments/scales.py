@@ -24,6 +24,7 @@ _FIXED: dict[str, Any] = {
     "learning_rate": 0.1,
     "weight_decay": 5e-4,
     "dropout": 0.2,
+    "random_erasing": 0.0,
 }
 # Enough validation images for a curve, and as many for training as can be.
 _LAPTOP: dict[str, Any] = {**_FIXED, "val_fraction": 1 / 12, "image_size": 28, "checkpoint_minutes": 5.0}

@@ -215,7 +215,8 @@ NAMED: dict[str, Recipe] = {
         optimizer=OptimizerConfig(optimizer="sgd", learning_rate=0.3, momentum=0.9, weight_decay=2e-4),
         schedule=ScheduleConfig(schedule="cosine", warmup_epochs=1.0),
         loss=LossConfig(label_smoothing=0.1),
-        augment=Augment(translate_pixels=2, horizontal_flip=0.5),
+        input=InputConfig(val_fraction=0.05),
+        augment=Augment(translate_pixels=2, horizontal_flip=0.5, random_erasing=0.25),
     ),
 }
 
