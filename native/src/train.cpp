@@ -75,26 +75,60 @@ std::int64_t UnitTrainer::blocked_bytes(int channels, const BatchShape& shape) c
   return blocks * spread(shape.pixels() * kLineBytes) + static_cast<std::int64_t>(kSlack);
 }
 
-// Images [begin, end) in parts whose matrix of `channels` stays in the cache.
-std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int channels, int begin, int end) const {
+// Whether whole images keep all threads at work.
+bool UnitTrainer::by_images(const BatchShape& shape) const {
+  constexpr int kEnough = 8;  // a thread: one more or less is little then
+  return shape.images % team_.size() == 0 || shape.images >= kEnough * team_.size();
+}
+
+// What a thread takes of a batch: whole images, or rows of some.
+std::vector<UnitTrainer::Strip> UnitTrainer::parts(const BatchShape& shape, int thread) const {
+  const int threads = team_.size(), rows = shape.images * shape.height;
+  std::vector<Strip> out;
+  if (by_images(shape)) {
+    const Range images = share(shape.images, thread, threads);
+    if (images.end > images.begin) out.push_back({images.begin, images.end - images.begin, 0, shape.height});
+    return out;
+  }
+  const Range mine = share(rows, thread, threads);
+  for (int row = mine.begin; row < mine.end;) {
+    const int image = row / shape.height, first = row % shape.height;
+    const int count = std::min(mine.end - row, shape.height - first);
+    out.push_back({image, 1, first, count});
+    row += count;
+  }
+  return out;
+}
+
+// A part in strips whose matrix of `channels` stays in the cache.
+std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int channels, const Strip& part) const {
   const std::int64_t row =
       static_cast<std::int64_t>(shape.width) * kLineBytes * ceil_div(channels, lane_count(kernels_->matrix_type));
   std::vector<Strip> out;
-  const auto together = static_cast<int>(std::clamp<std::int64_t>(kStripBytes / (row * shape.height), 0, end - begin));
+  if (part.rows == 0) return out;
+  const auto together = static_cast<int>(std::clamp<std::int64_t>(kStripBytes / (row * part.rows), 0, part.images));
   if (together >= 1) {
-    const int parts = ceil_div(end - begin, together);
-    for (int i = 0; i < parts; ++i) {
-      const Range range = share(end - begin, i, parts);
-      out.push_back({begin + range.begin, range.end - range.begin, 0, shape.height});
+    const int count = ceil_div(part.images, together);
+    for (int i = 0; i < count; ++i) {
+      const Range range = share(part.images, i, count);
+      out.push_back({part.image + range.begin, range.end - range.begin, part.first_row, part.rows});
     }
     return out;
   }
-  const int parts = ceil_div(shape.height, static_cast<int>(std::clamp<std::int64_t>(kStripBytes / row, 1, shape.height)));
-  for (int image = begin; image < end; ++image)
-    for (int i = 0; i < parts; ++i) {
-      const Range range = share(shape.height, i, parts);
-      out.push_back({image, 1, range.begin, range.end - range.begin});
+  const int count = ceil_div(part.rows, static_cast<int>(std::clamp<std::int64_t>(kStripBytes / row, 1, part.rows)));
+  for (int image = 0; image < part.images; ++image)
+    for (int i = 0; i < count; ++i) {
+      const Range range = share(part.rows, i, count);
+      out.push_back({part.image + image, 1, part.first_row + range.begin, range.end - range.begin});
     }
+  return out;
+}
+
+// All of a thread's.
+std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int channels, int thread) const {
+  std::vector<Strip> out;
+  for (const Strip& part : parts(shape, thread))
+    for (const Strip& strip : strips(shape, channels, part)) out.push_back(strip);
   return out;
 }
 
@@ -230,8 +264,7 @@ void UnitTrainer::product_pass(const BatchShape& shape, int depth, int out_chann
   std::vector<std::vector<Strip>> mine(index_of(threads));
   std::vector<std::size_t> first(index_of(threads) + 1, 0);
   for (int t = 0; t < threads; ++t) {
-    const Range images = share(shape.images, t, threads);
-    mine[index_of(t)] = strips(shape, depth, images.begin, images.end);
+    mine[index_of(t)] = strips(shape, depth, t);
     first[index_of(t) + 1] = first[index_of(t)] + mine[index_of(t)].size();
     int rows = 1;
     std::int64_t pixels = 1;
@@ -290,15 +323,29 @@ void UnitTrainer::finish(const BatchShape& shape, int channels, std::byte* z, co
   const std::lock_guard lock(mutex_);
   const PaddedAffine padded(norm, channels), other(residual.norm, channels);
   on_threads([&](int thread, Barrier&) {
-    const Range images = share(shape.images, thread, team_.size());
     MapArgs args{.z = blocked(z, channels, shape.pixels()), .residual = pixels_of(residual.map, channels, shape.pixels()),
                  .output = channels_last(output, channels), .scale = padded.affine.scale, .shift = padded.affine.shift,
                  .residual_scale = other.affine.scale, .residual_shift = other.affine.shift, .relu = norm.relu,
-                 .last_group = padded_channels(channels) / kGroup,
-                 .first_pixel = images.begin * shape.image_pixels()};
-    args.pixels = static_cast<int>((images.end - images.begin) * shape.image_pixels());
-    train_->finish(args);
+                 .last_group = padded_channels(channels) / kGroup};
+    for (const Strip& part : parts(shape, thread)) {
+      args.first_pixel = part.first_pixel(shape);
+      args.pixels = static_cast<int>(part.pixels(shape));
+      train_->finish(args);
+    }
   });
+}
+
+// A thread's part of a pool: images, or else panels of channels.
+void UnitTrainer::pool_with(void (*kernel)(const PoolTrainArgs&), PoolTrainArgs args, const BatchShape& shape,
+                            int channels, int thread) const {
+  Range images{0, shape.images}, panels{0, panels_of(channels)};
+  if (by_images(shape))
+    images = share(shape.images, thread, team_.size());
+  else
+    panels = share(panels.end, thread, team_.size());
+  args.first_group = panels.begin * (kPanel / kGroup);
+  args.last_group = panels.end * (kPanel / kGroup);
+  for (args.image = images.begin; args.image < images.end; ++args.image) kernel(args);
 }
 
 void UnitTrainer::pool(const BatchShape& shape, int channels, const Window& window, std::byte* z, const Affine& norm,
@@ -307,13 +354,12 @@ void UnitTrainer::pool(const BatchShape& shape, int channels, const Window& wind
   const PaddedAffine padded(norm, channels), other(residual.norm, channels);
   const std::int64_t out_pixels = static_cast<std::int64_t>(shape.images) * window.out_height * window.out_width;
   on_threads([&](int thread, Barrier&) {
-    const Range images = share(shape.images, thread, team_.size());
     PoolTrainArgs args{.z = blocked(z, channels, shape.pixels()), .scale = padded.affine.scale,
                        .shift = padded.affine.shift, .window = window,
                        .residual = pixels_of(residual.map, channels, out_pixels), .residual_scale = other.affine.scale,
                        .residual_shift = other.affine.shift, .output = channels_last(output, channels), .winners = winners,
-                       .winner_group = out_pixels * kGroup, .last_group = padded_channels(channels) / kGroup};
-    for (args.image = images.begin; args.image < images.end; ++args.image) train_->pool(args);
+                       .winner_group = out_pixels * kGroup};
+    pool_with(train_->pool, args, shape, channels, thread);
   });
 }
 
@@ -322,11 +368,10 @@ void UnitTrainer::pool_backward(const BatchShape& shape, int channels, const Win
   const std::lock_guard lock(mutex_);
   const std::int64_t out_pixels = static_cast<std::int64_t>(shape.images) * window.out_height * window.out_width;
   on_threads([&](int thread, Barrier&) {
-    const Range images = share(shape.images, thread, team_.size());
     PoolTrainArgs args{.window = window, .output = blocked(input_gradient, channels, shape.pixels()),
                        .gradient = channels_last(gradient, channels), .winners = winners,
-                       .winner_group = out_pixels * kGroup, .last_group = padded_channels(channels) / kGroup};
-    for (args.image = images.begin; args.image < images.end; ++args.image) train_->pool_back(args);
+                       .winner_group = out_pixels * kGroup};
+    pool_with(train_->pool_back, args, shape, channels, thread);
   });
 }
 

@@ -142,6 +142,20 @@ class UnitTrainer {
       return image * shape.image_pixels() + static_cast<std::int64_t>(first_row) * shape.width;
     }
   };
+  // What of a backward pass stays together from the product to the depthwise convolution: images, or some rows of one,
+  // and the rows beside them that the convolution reaches.
+  struct Task {
+    Strip own;
+    int first_row = 0, rows = 0;  // with those beside
+    std::vector<Strip> strips = {}, beside = {};
+    std::int64_t pixels(const BatchShape& shape) const {
+      return static_cast<std::int64_t>(own.images) * rows * shape.width;
+    }
+    // Of a strip, among them.
+    std::int64_t first_pixel(const Strip& strip, const BatchShape& shape) const {
+      return (static_cast<std::int64_t>(strip.image - own.image) * rows + strip.first_row - first_row) * shape.width;
+    }
+  };
   struct Arriving {  // what the backward pass begins with: a gradient behind a normalisation
     Pixels z, gradient;
     BatchShape shape;
@@ -155,10 +169,13 @@ class UnitTrainer {
   Pixels pixels_of(const MapOf& map, int channels, std::int64_t pixels) const;
   Pixels lines(std::byte* data, std::int64_t pixels) const;
   int line_groups(int channels) const;
-  std::vector<Strip> strips(const BatchShape& shape, int channels, int begin, int end) const;
+  bool by_images(const BatchShape& shape) const;
+  std::vector<Strip> parts(const BatchShape& shape, int thread) const;
+  std::vector<Strip> strips(const BatchShape& shape, int channels, const Strip& part) const;
+  std::vector<Strip> strips(const BatchShape& shape, int channels, int thread) const;
   void produce(const UnitArgs& args, const Pixels& input, const Affine& load, const Strip& strip, Worker& worker,
                const Pixels& output, std::int64_t first_pixel) const;
-  void depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, int first_image, int images,
+  void depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, const Task& task,
                       Worker& worker) const;
   MultiplyArgs product(const Pixels& matrix, std::int64_t pixels, int depth, int out_channels, const Pixels& output,
                        std::int64_t first_pixel, Worker& worker) const;
@@ -176,7 +193,9 @@ class UnitTrainer {
   void windows_of(const ConvArgs& args, const Strip& strip, const Pixels& output, std::int64_t first_pixel) const;
   void clear_outer(int out_channels, int depth, Worker& worker) const;
   void gradient_of(const Arriving& arriving, const Strip& strip, const Pixels& to, std::int64_t first_pixel) const;
-  void input_gradient_of(const ConvBackArgs& args, const Arriving& arriving, int image, Worker& worker) const;
+  void input_gradient_of(const ConvBackArgs& args, const Arriving& arriving, const Strip& part, Worker& worker) const;
+  void pool_with(void (*kernel)(const PoolTrainArgs&), PoolTrainArgs args, const BatchShape& shape, int channels,
+                 int thread) const;
   template <class Work>
   void on_threads(Work&& work);
 

@@ -20,15 +20,23 @@ void UnitTrainer::gradient_sums(const BatchShape& shape, int channels, std::byte
   const PaddedAffine padded(norm, channels);
   const std::vector<float> means = per_channel(mean, channels);
   const int stride = padded_channels(channels);
-  std::vector<float> parts(index_of(shape.images * 2 * stride));
+  std::vector<Strip> pieces;  // whose sums are put together in their order: images, or what a thread has of them
+  std::vector<std::size_t> first;
+  for (int t = 0; t < team_.size(); ++t) {
+    first.push_back(pieces.size());
+    for (const Strip& part : parts(shape, t))
+      for (int i = 0; i < part.images; ++i) pieces.push_back({part.image + i, 1, part.first_row, part.rows});
+  }
+  first.push_back(pieces.size());
+  std::vector<float> found(pieces.size() * 2 * index_of(stride));
   on_threads([&](int thread, Barrier& barrier) {
-    const Range images = share(shape.images, thread, team_.size());
     MapArgs args{.z = blocked(z, channels, shape.pixels()), .gradient = pixels_of(gradient, channels, shape.pixels()),
                  .scale = padded.affine.scale, .shift = padded.affine.shift, .mean = means.data(), .stride = stride,
-                 .relu = norm.relu, .last_group = stride / kGroup, .pixels = static_cast<int>(shape.image_pixels())};
-    for (int image = images.begin; image < images.end; ++image) {
-      args.first_pixel = image * shape.image_pixels();
-      args.sums = parts.data() + image * 2 * stride;
+                 .relu = norm.relu, .last_group = stride / kGroup};
+    for (std::size_t i = first[index_of(thread)]; i < first[index_of(thread) + 1]; ++i) {
+      args.first_pixel = pieces[i].first_pixel(shape);
+      args.pixels = static_cast<int>(pieces[i].pixels(shape));
+      args.sums = found.data() + i * 2 * index_of(stride);
       train_->gradient_sums(args);
     }
     barrier.wait();
@@ -36,7 +44,7 @@ void UnitTrainer::gradient_sums(const BatchShape& shape, int channels, std::byte
     for (int row = 0; row < 2; ++row)
       for (int c = mine.begin; c < mine.end; ++c) {
         double sum = 0;
-        for (int image = 0; image < shape.images; ++image) sum += parts[index_of((image * 2 + row) * stride + c)];
+        for (std::size_t i = 0; i < pieces.size(); ++i) sum += found[(i * 2 + index_of(row)) * index_of(stride) + index_of(c)];
         sums[row * channels + c] = static_cast<float>(sum);
       }
   });
@@ -114,16 +122,17 @@ void UnitTrainer::gradient_of(const Arriving& arriving, const Strip& strip, cons
   train_->gradient(through);
 }
 
-void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, int first_image,
-                                 int images, Worker& worker) const {
+void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, const Task& task,
+                                 Worker& worker) const {
   const UnitArgs& unit = args.unit;
   const BatchShape& shape = unit.shape;
   const int pad = unit.dilation, stride = padded_channels(unit.in_channels);
   const Pixels input = pixels_of(unit.input, unit.in_channels, shape.pixels());
-  const Pixels gradient = blocked(worker.gradient.data(), unit.in_channels, images * shape.image_pixels());
+  const Strip& own = task.own;
+  const Pixels gradient = blocked(worker.gradient.data(), unit.in_channels, task.pixels(shape));
   const std::int64_t row_bytes = static_cast<std::int64_t>(shape.width + 2 * pad) * kLineBytes;
-  const auto most_rows = static_cast<int>(std::clamp<std::int64_t>(kPaddedBytes / row_bytes - 2 * pad, 1, shape.height));
-  const int bands = ceil_div(shape.height, most_rows);
+  const auto most_rows = static_cast<int>(std::clamp<std::int64_t>(kPaddedBytes / row_bytes - 2 * pad, 1, own.rows));
+  const int bands = ceil_div(own.rows, most_rows);
   FilterBackArgs back{.input = input, .scale = load.scale, .shift = load.shift, .relu = load.relu,
                       .gradient = floats(worker.padded_gradient), .width = shape.width, .dilation = pad,
                       .output = pixels_of({args.input_gradient, unit.input.blocked}, unit.in_channels, shape.pixels()),
@@ -131,20 +140,22 @@ void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, c
                       .mean = args.in_mean == nullptr ? nullptr : mean};
   // Groups whose numbers share cache lines one after the other, for a band.
   const int groups = ceil_div(unit.in_channels, kGroup), beside = lane_count(type_) / kGroup;
-  const int pieces = images * bands;
+  const int pieces = own.images * bands;
   for (int first = 0; first < groups; first += beside)
     for (int piece = 0; piece < pieces; ++piece)
       for (int g = first; g < std::min(first + beside, groups); ++g) {
         const int i = piece / bands, band = piece % bands;
-        const Range rows = share(shape.height, band, bands);
-        FillArgs fill{.input = gradient, .group = g, .height = shape.height, .width = shape.width, .pad = pad,
-                      .first_row = rows.begin, .rows = rows.end - rows.begin, .padded = floats(worker.padded_gradient)};
-        fill.first_pixel = i * shape.image_pixels();
+        const Range rows = share(own.rows, band, bands);
+        const int first_row = own.first_row + rows.begin;
+        FillArgs fill{.input = gradient, .group = g, .height = task.rows, .width = shape.width, .pad = pad,
+                      .first_row = first_row - task.first_row, .rows = rows.end - rows.begin,
+                      .padded = floats(worker.padded_gradient)};
+        fill.first_pixel = static_cast<std::int64_t>(i) * task.rows * shape.width;
         train_->fill(fill);
         back.group = g;
         back.rows = rows.end - rows.begin;
         back.filter = floats(filters_) + g * kTaps * kGroup;
-        back.first_pixel = (first_image + i) * shape.image_pixels() + static_cast<std::int64_t>(rows.begin) * shape.width;
+        back.first_pixel = (own.image + i) * shape.image_pixels() + static_cast<std::int64_t>(first_row) * shape.width;
         back.filter_gradient = floats(worker.filter_gradient) + g * kTaps * kGroup;
         float both[2 * kGroup] = {};
         back.sums = both;
@@ -158,9 +169,9 @@ void UnitTrainer::depthwise_back(const UnitBackArgs& args, const Affine& load, c
   // The last group of a blocked map has a neighbour that nobody else writes.
   if (args.input_gradient != nullptr && unit.input.blocked)
     for (int g = ceil_div(unit.in_channels, kGroup); g < stride / kGroup; ++g)
-      for (std::int64_t p = 0; p < images * shape.image_pixels(); ++p) {
+      for (std::int64_t p = 0; p < own.pixels(shape); ++p) {
         const Pixels& out = back.output;
-        const std::int64_t pixel = first_image * shape.image_pixels() + p;
+        const std::int64_t pixel = own.first_pixel(shape) + p;
         std::byte* at = out.data + (g / out.groups) * out.block + (g % out.groups) * kGroup * bytes_of(type_) + pixel * out.pixel;
         std::fill_n(at, kGroup * bytes_of(type_), std::byte{0});
       }
@@ -179,28 +190,30 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
   reserve_weights(out, in);
   pack_filters(unit);
 
-  // A task is what stays together from the product to the depthwise convolution: whole images.
-  struct Task {
-    int image, images;
-    std::vector<Strip> strips;
-  };
   const int widest = std::max(in, out);
   const auto together = static_cast<int>(std::max<std::int64_t>(kOuterPixels / shape.image_pixels(), 1));
   std::vector<std::vector<Task>> mine(index_of(threads));
-  std::int64_t capacity = 1;  // pixels of the matrices of one thread
-  std::int64_t task_images = 1;
-  for (int t = 0; t < threads; ++t) {
-    const Range images = share(shape.images, t, threads);
-    const int tasks = ceil_div(images.end - images.begin, together);
-    for (int i = 0; i < tasks; ++i) {
-      const Range part = share(images.end - images.begin, i, tasks);
-      const int first = images.begin + part.begin, count = part.end - part.begin;
-      mine[index_of(t)].push_back({first, count, strips(shape, widest, first, first + count)});
-      task_images = std::max<std::int64_t>(task_images, count);
-      for (const Strip& strip : mine[index_of(t)].back().strips) capacity = std::max(capacity, strip.pixels(shape));
-      capacity = std::max(capacity, std::min<std::int64_t>(count * shape.image_pixels(), kOuterPixels));
+  std::int64_t capacity = 1, task_pixels = 1;  // pixels of the matrices of one thread, and of a task
+  for (int t = 0; t < threads; ++t)
+    for (const Strip& part : parts(shape, t)) {
+      const int tasks = ceil_div(part.images, together);
+      for (int i = 0; i < tasks; ++i) {
+        const Range images = share(part.images, i, tasks);
+        Task task{.own = {part.image + images.begin, images.end - images.begin, part.first_row, part.rows}};
+        const int end = part.first_row + part.rows;
+        task.first_row = std::max(part.first_row - unit.dilation, 0);
+        task.rows = std::min(end + unit.dilation, shape.height) - task.first_row;
+        task.strips = strips(shape, widest, task.own);
+        const int above = part.first_row - task.first_row, below = task.first_row + task.rows - end;
+        for (const Strip& strip : {Strip{part.image, 1, task.first_row, above}, Strip{part.image, 1, end, below}})
+          for (const Strip& beside : strips(shape, widest, strip)) task.beside.push_back(beside);
+        for (const std::vector<Strip>* some : {&task.strips, &task.beside})
+          for (const Strip& strip : *some) capacity = std::max(capacity, strip.pixels(shape));
+        capacity = std::max(capacity, std::min<std::int64_t>(task.own.pixels(shape), kOuterPixels));
+        task_pixels = std::max(task_pixels, task.pixels(shape));
+        mine[index_of(t)].push_back(std::move(task));
+      }
     }
-  }
   for (int t = 0; t < threads; ++t) {
     Worker& worker = workers_[index_of(t)];
     const int pad = 2 * unit.dilation;
@@ -213,7 +226,7 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
     reserve(worker.left, matrix + kSlack);
     reserve(worker.right, bytes_for(in_groups * line) + kSlack);
     if (weights_wanted) reserve_outer(out, in, capacity, worker);
-    reserve(worker.gradient, bytes_for(in_stride / kGroup * spread(task_images * shape.image_pixels() * kLineBytes)) + kSlack);
+    reserve(worker.gradient, bytes_for(in_stride / kGroup * spread(task_pixels * kLineBytes)) + kSlack);
     reserve_workspace(matrix, worker);
     clear(worker.filter_gradient, bytes_for(in_groups * kTaps * kGroup, sizeof(float)));
     clear(worker.sums, bytes_for(2 * in_stride, sizeof(float)));
@@ -230,7 +243,11 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
     barrier.wait();
     const Pixels left = lines(worker.left.data(), capacity), right = lines(worker.right.data(), capacity);
     for (const Task& task : mine[index_of(thread)]) {
-      const Pixels gradient = blocked(worker.gradient.data(), in, task.images * shape.image_pixels());
+      const Pixels gradient = blocked(worker.gradient.data(), in, task.pixels(shape));
+      for (const Strip& strip : task.beside) {
+        gradient_of(arriving, strip, left, 0);
+        kernels_->multiply(product(left, strip.pixels(shape), out, in, gradient, task.first_pixel(strip, shape), worker));
+      }
       std::int64_t waiting = 0;  // pixels in the matrices that are not yet in the weights' gradient
       for (const Strip& strip : task.strips) {
         const std::int64_t pixels = strip.pixels(shape);
@@ -241,13 +258,12 @@ void UnitTrainer::backward(const UnitBackArgs& args) {
         gradient_of(arriving, strip, left, waiting);
         Pixels matrix = left;
         matrix.data += waiting * kLineBytes;
-        const std::int64_t begin = strip.first_pixel(shape) - task.image * shape.image_pixels();
-        kernels_->multiply(product(matrix, pixels, out, in, gradient, begin, worker));
+        kernels_->multiply(product(matrix, pixels, out, in, gradient, task.first_pixel(strip, shape), worker));
         if (weights_wanted) produce(unit, input, load.affine, strip, worker, right, waiting);
         waiting += pixels;
       }
       if (weights_wanted) add_outer(waiting, out, in, capacity, worker);
-      depthwise_back(args, load.affine, means.data(), task.image, task.images, worker);
+      depthwise_back(args, load.affine, means.data(), task, worker);
     }
     barrier.wait();
     // The threads' sums together, in their order.

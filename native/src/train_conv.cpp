@@ -9,8 +9,9 @@
 
 namespace xception {
 
-// Of an image, by windows of more than a pixel: strips of its own rows, and of the windows' rows that read them.
-void UnitTrainer::input_gradient_of(const ConvBackArgs& args, const Arriving& arriving, int image, Worker& worker) const {
+// Of a part, by windows of more than a pixel: strips of its own rows, and of the windows' rows that read them.
+void UnitTrainer::input_gradient_of(const ConvBackArgs& args, const Arriving& arriving, const Strip& part,
+                                    Worker& worker) const {
   const ConvArgs& conv = args.conv;
   const Window& w = conv.window;
   const BatchShape shape = conv.input_shape();
@@ -19,13 +20,13 @@ void UnitTrainer::input_gradient_of(const ConvBackArgs& args, const Arriving& ar
   SpreadArgs spread_args{.output = channels_last(args.input_gradient, conv.in_channels),
                          .window = {.in_height = shape.height, .in_width = shape.width, .out_height = shape.height,
                                     .out_width = shape.width},
-                         .image = image, .add = args.adds};
-  for (const Strip& strip : strips(shape, depth, image, image + 1)) {
+                         .add = args.adds};
+  for (const Strip& strip : strips(shape, depth, part)) {
     const std::int64_t pixels = strip.pixels(shape);
     const int first = std::clamp((strip.first_row + w.pad_top - w.kernel + 1) / w.stride - 1, 0, w.out_height);
     const int last = std::clamp((strip.first_row + strip.rows - 1 + w.pad_top) / w.stride + 1, first, w.out_height);
     const Pixels left = lines(worker.left.data(), static_cast<std::int64_t>(last - first) * w.out_width);
-    gradient_of(arriving, {image, 1, first, last - first}, left, 0);
+    gradient_of(arriving, {strip.image, 1, first, last - first}, left, 0);
     const Pixels matrix = lines(worker.right.data(), pixels);
     const ReaderArgs readers{.lines = left.data, .block = left.block, .blocks = blocks, .first_window_row = first,
                              .window = w, .first_row = strip.first_row, .rows = strip.rows, .matrix = matrix.data,
@@ -33,6 +34,7 @@ void UnitTrainer::input_gradient_of(const ConvBackArgs& args, const Arriving& ar
     train_->readers(readers);
     spread_args.input = blocked(worker.gradient.data(), conv.in_channels, pixels);
     kernels_->multiply(product(matrix, pixels, depth, conv.in_channels, spread_args.input, 0, worker));
+    spread_args.image = strip.image;
     spread_args.first_row = strip.first_row;
     spread_args.rows = strip.rows;
     train_->spread(spread_args);
@@ -68,19 +70,26 @@ void UnitTrainer::convolve_backward(const ConvBackArgs& args) {
   std::vector<std::vector<Strip>> mine(index_of(threads));
   std::int64_t capacity = 1;
   for (int t = 0; t < threads; ++t) {
-    const Range images = share(shape.images, t, threads);
-    mine[index_of(t)] = strips(shape, std::max(depth, out), images.begin, images.end);
+    mine[index_of(t)] = strips(shape, std::max(depth, out), t);
     for (const Strip& strip : mine[index_of(t)])
       capacity = std::max(capacity, strip.pixels(shape));
   }
   // A strip of the input's rows, and as many rows of windows with those that overlap.
   std::int64_t in_pixels = 1, read_pixels = 1;
+  const auto inputs = [&](int thread) {  // an image at a time
+    std::vector<Strip> images;
+    for (const Strip& part : parts(in_shape, thread))
+      for (int i = 0; i < part.images; ++i) images.push_back({part.image + i, 1, part.first_row, part.rows});
+    return images;
+  };
   if (input_wanted && !direct)
-    for (const Strip& strip : strips(in_shape, reader_groups * kGroup, 0, 1)) {
-      in_pixels = std::max(in_pixels, strip.pixels(in_shape));
-      const int rows = std::min((strip.rows + w.kernel) / w.stride + 3, shape.height);
-      read_pixels = std::max<std::int64_t>(read_pixels, static_cast<std::int64_t>(rows) * shape.width);
-    }
+    for (int t = 0; t < threads; ++t)
+      for (const Strip& part : inputs(t))
+        for (const Strip& strip : strips(in_shape, reader_groups * kGroup, part)) {
+          in_pixels = std::max(in_pixels, strip.pixels(in_shape));
+          const int rows = std::min((strip.rows + w.kernel) / w.stride + 3, shape.height);
+          read_pixels = std::max<std::int64_t>(read_pixels, static_cast<std::int64_t>(rows) * shape.width);
+        }
   for (int t = 0; t < threads; ++t) {
     Worker& worker = workers_[index_of(t)];
     const std::int64_t line = spread(capacity * kLineBytes);
@@ -124,8 +133,7 @@ void UnitTrainer::convolve_backward(const ConvBackArgs& args) {
       }
     }
     if (input_wanted && !direct) {
-      const Range images = share(shape.images, thread, threads);
-      for (int image = images.begin; image < images.end; ++image) input_gradient_of(args, arriving, image, worker);
+      for (const Strip& part : inputs(thread)) input_gradient_of(args, arriving, part, worker);
     }
     barrier.wait();
     if (weights_wanted) total_weights(args.weight_gradient, out, depth, thread);

@@ -287,6 +287,31 @@ def test_results_repeat_bit_for_bit(case: str, level: str, kind: str, count: int
         assert off <= (1e-5 if kind == "fp32" else 0.3) * float(right[name].norm()), name
 
 
+SHARED: dict[str, Case | ConvCase] = {
+    "an image": Case(images=1, channels=33, height=23, width=10, widths=(20, 33), shortcut="input"),
+    "dilated": Case(images=3, channels=17, height=19, width=7, widths=(33, 20), dilation=3, shortcut="tensor"),
+    "halving": Case(images=1, channels=40, height=21, width=10, widths=(70,), shortcut="convolution", pool="same"),
+    "flat": Case(images=2, channels=9, height=1, width=30, widths=(17, 9)),
+    "stem": ConvCase(images=1, channels=20, height=21, width=12, out=40, stride=2, padding=1, output_relu=True),
+    "pixels": ConvCase(images=3, channels=33, height=11, width=10, out=40, kernel=1, stride=2),
+}
+
+
+@at_every_level
+@pytest.mark.parametrize("count", [2, 5, 16])
+@pytest.mark.parametrize("case", SHARED)
+def test_few_images_are_shared_by_rows(case: str, level: str, kind: str, count: int) -> None:
+    """More threads than images, or not a multiple: the numbers are those of one thread but for the order of sums."""
+    data = case_data(SHARED[case], kind)
+    with threads(1):
+        alone = run_native(data, level, kind)
+    with threads(count):
+        together = run_native(data, level, kind)
+    for name, value in alone.items():
+        off = distance(together[name], value)
+        assert off <= (1e-5 if kind == "fp32" else 1e-2) * float(value.double().norm()), name
+
+
 @of_both_types
 def test_many_threads(kind: str) -> None:
     """Calls from several at once, of operations of several sizes."""
