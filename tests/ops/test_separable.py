@@ -204,6 +204,25 @@ print(len(separable._NETWORKS))
 
 
 @native
+def test_imported_again() -> None:
+    """By itself, as torch's operators are the process's own."""
+    code = """
+import importlib, sys, torch
+from xception.ops import separable
+x, weight = torch.ones(1, 4, 5, 5), torch.ones(4, 1, 3, 3)
+importlib.reload(separable)
+for name in [name for name in sys.modules if name.startswith("xception")]:
+    del sys.modules[name]
+again = importlib.import_module("xception.ops.separable")
+assert again is not separable
+again._depthwise.__globals__["_is_native"] = lambda *_: False
+again._depthwise.__globals__["_depthwise_definition"] = lambda x, *_: x + 41
+assert again.depthwise_conv2d(x, weight).eq(42).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_many_threads() -> None:
     x, depthwise = torch.randn(1, 16, 12, 12), torch.randn(16, 1, 3, 3)
     weights = [torch.randn(8, 16, 1, 1) for _ in range(6)]

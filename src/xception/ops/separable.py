@@ -278,6 +278,10 @@ def _separable_definition(
 # What `library.custom_op` does, but that it loads all of torch.compile at the first call of an operator: more than a
 # second, and 150 MB.
 _LIBRARY = library.Library("xception", "FRAGMENT")  # type: ignore[no-untyped-call]
+# Who takes this module out of sys.modules and imports it again, as some reloaders do, gets the new one's operators.
+if (_former := vars(torch.ops.xception).get("library")) is not None:
+    _former._destroy()
+vars(torch.ops.xception)["library"] = _LIBRARY
 
 
 def _register(name: str, function: Any, fake: Any, definition: Any) -> None:
