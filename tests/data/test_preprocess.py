@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from image_files import picture
 from PIL import Image
@@ -109,6 +109,8 @@ def test_resize_and_crop_are_torchvisions(
     """Bit for bit those of the functions whose place they take, whatever lies beside what in memory."""
     from torchvision.transforms.v2 import functional
 
+    if capability is not None:  # the float kernels that torchvision then takes give wrong numbers for single columns
+        assume(min(*given_size, *size) > 1)
     numbers = np.random.default_rng(seed).integers(0, 256, (*many, channels, *given_size), np.uint8)
     images = torch.from_numpy(numbers)
     if channels_last:

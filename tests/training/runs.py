@@ -27,6 +27,7 @@ QUICK: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 64,
     "image_size": 8,
+    "val_fraction": 0.1,
     "seed": 7,
     "quiet": True,
 }
@@ -57,7 +58,7 @@ def start(out: Path, *more: str, data: str = "digits") -> subprocess.Popen[bytes
     command = [
         sys.executable, "-m", "xception", "train", data, "--recipe", "small", "--epochs", "2", "--batch-size", "64",
         "--image-size", "8", "--seed", "7", "--precision", "fp32",
-        "--learning-rate", "0.1", "--out", str(out), "--resume", *options, *more,
+        "--learning-rate", "0.1", "--val-fraction", "0.1", "--out", str(out), "--resume", *options, *more,
     ]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from runs import TINY, assert_same_weights, metrics, quick, start, wait_for_checkpoint, weights, write_photos
+from runs import QUICK, TINY, assert_same_weights, metrics, quick, start, wait_for_checkpoint, weights, write_photos
 
 from xception.data.loader import BadImage, Loader
 from xception.data.preprocess import Preprocess
@@ -29,7 +29,7 @@ from xception.training.prepare import Plan, prepare
 from xception.training.progress import Reporter
 from xception.training.recipe import named_recipe, override
 
-PLAIN: dict[str, Any] = {"translate_pixels": 0, "horizontal_flip": 0.0}
+PLAIN: dict[str, Any] = {"translate_pixels": 0, "horizontal_flip": 0.0, "random_erasing": 0.0}
 TWO_PHASES: dict[str, Any] = {"head_epochs": 1, "epochs": 2}
 
 
@@ -251,7 +251,8 @@ def test_outputs_that_are_lost_come_back_the_same(tmp_path: Path) -> None:
 
 
 def small_plan(**fields: Any) -> Plan:
-    own = {"batch_size": 64, "image_size": 8, "seed": 7, "precision": "fp32", "learning_rate": 0.1}
+    same = "batch_size", "image_size", "seed", "precision", "learning_rate", "val_fraction"
+    own = {name: QUICK[name] for name in same}
     recipe = override(named_recipe("small"), **own, **fields)
     return prepare("digits", recipe, model_options=TINY)
 

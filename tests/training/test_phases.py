@@ -51,7 +51,7 @@ def test_where_nothing_comes_after_them_it_is_theirs(head_epochs: int | None) ->
 
 
 def plan(recipe: str, **fields: Any) -> Plan:
-    options = {"batch_size": 64, "image_size": 8, **fields}
+    options = {"batch_size": 64, "image_size": 8, "val_fraction": 0.1, **fields}
     return prepare("digits", override(named_recipe(recipe), **options), model_options=TINY)
 
 
