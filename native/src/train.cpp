@@ -100,6 +100,14 @@ std::vector<UnitTrainer::Strip> UnitTrainer::parts(const BatchShape& shape, int 
   return out;
 }
 
+// The same, an image at a time.
+std::vector<UnitTrainer::Strip> UnitTrainer::parts_of_images(const BatchShape& shape, int thread) const {
+  std::vector<Strip> out;
+  for (const Strip& part : parts(shape, thread))
+    for (int i = 0; i < part.images; ++i) out.push_back({part.image + i, 1, part.first_row, part.rows});
+  return out;
+}
+
 // A part in strips whose matrix of `channels` stays in the cache.
 std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int channels, const Strip& part) const {
   const std::int64_t row =
@@ -124,8 +132,7 @@ std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int
   return out;
 }
 
-// All of a thread's.
-std::vector<UnitTrainer::Strip> UnitTrainer::strips(const BatchShape& shape, int channels, int thread) const {
+std::vector<UnitTrainer::Strip> UnitTrainer::strips_of_thread(const BatchShape& shape, int channels, int thread) const {
   std::vector<Strip> out;
   for (const Strip& part : parts(shape, thread))
     for (const Strip& strip : strips(shape, channels, part)) out.push_back(strip);
@@ -264,7 +271,7 @@ void UnitTrainer::product_pass(const BatchShape& shape, int depth, int out_chann
   std::vector<std::vector<Strip>> mine(index_of(threads));
   std::vector<std::size_t> first(index_of(threads) + 1, 0);
   for (int t = 0; t < threads; ++t) {
-    mine[index_of(t)] = strips(shape, depth, t);
+    mine[index_of(t)] = strips_of_thread(shape, depth, t);
     first[index_of(t) + 1] = first[index_of(t)] + mine[index_of(t)].size();
     int rows = 1;
     std::int64_t pixels = 1;

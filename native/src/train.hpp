@@ -172,7 +172,8 @@ class UnitTrainer {
   bool by_images(const BatchShape& shape) const;
   std::vector<Strip> parts(const BatchShape& shape, int thread) const;
   std::vector<Strip> strips(const BatchShape& shape, int channels, const Strip& part) const;
-  std::vector<Strip> strips(const BatchShape& shape, int channels, int thread) const;
+  std::vector<Strip> parts_of_images(const BatchShape& shape, int thread) const;
+  std::vector<Strip> strips_of_thread(const BatchShape& shape, int channels, int thread) const;
   void produce(const UnitArgs& args, const Pixels& input, const Affine& load, const Strip& strip, Worker& worker,
                const Pixels& output, std::int64_t first_pixel) const;
   void depthwise_back(const UnitBackArgs& args, const Affine& load, const float* mean, const Task& task,

@@ -24,8 +24,7 @@ void UnitTrainer::gradient_sums(const BatchShape& shape, int channels, std::byte
   std::vector<std::size_t> first;
   for (int t = 0; t < team_.size(); ++t) {
     first.push_back(pieces.size());
-    for (const Strip& part : parts(shape, t))
-      for (int i = 0; i < part.images; ++i) pieces.push_back({part.image + i, 1, part.first_row, part.rows});
+    for (const Strip& part : parts_of_images(shape, t)) pieces.push_back(part);
   }
   first.push_back(pieces.size());
   std::vector<float> found(pieces.size() * 2 * index_of(stride));

@@ -9,7 +9,7 @@
 
 namespace xception {
 
-// Of a part, by windows of more than a pixel: strips of its own rows, and of the windows' rows that read them.
+// Of an image or some rows of it, by windows of more than a pixel: strips of its own rows, and of the windows' rows that read them.
 void UnitTrainer::input_gradient_of(const ConvBackArgs& args, const Arriving& arriving, const Strip& part,
                                     Worker& worker) const {
   const ConvArgs& conv = args.conv;
@@ -70,21 +70,15 @@ void UnitTrainer::convolve_backward(const ConvBackArgs& args) {
   std::vector<std::vector<Strip>> mine(index_of(threads));
   std::int64_t capacity = 1;
   for (int t = 0; t < threads; ++t) {
-    mine[index_of(t)] = strips(shape, std::max(depth, out), t);
+    mine[index_of(t)] = strips_of_thread(shape, std::max(depth, out), t);
     for (const Strip& strip : mine[index_of(t)])
       capacity = std::max(capacity, strip.pixels(shape));
   }
   // A strip of the input's rows, and as many rows of windows with those that overlap.
   std::int64_t in_pixels = 1, read_pixels = 1;
-  const auto inputs = [&](int thread) {  // an image at a time
-    std::vector<Strip> images;
-    for (const Strip& part : parts(in_shape, thread))
-      for (int i = 0; i < part.images; ++i) images.push_back({part.image + i, 1, part.first_row, part.rows});
-    return images;
-  };
   if (input_wanted && !direct)
     for (int t = 0; t < threads; ++t)
-      for (const Strip& part : inputs(t))
+      for (const Strip& part : parts_of_images(in_shape, t))
         for (const Strip& strip : strips(in_shape, reader_groups * kGroup, part)) {
           in_pixels = std::max(in_pixels, strip.pixels(in_shape));
           const int rows = std::min((strip.rows + w.kernel) / w.stride + 3, shape.height);
@@ -133,7 +127,7 @@ void UnitTrainer::convolve_backward(const ConvBackArgs& args) {
       }
     }
     if (input_wanted && !direct) {
-      for (const Strip& part : inputs(thread)) input_gradient_of(args, arriving, part, worker);
+      for (const Strip& part : parts_of_images(in_shape, thread)) input_gradient_of(args, arriving, part, worker);
     }
     barrier.wait();
     if (weights_wanted) total_weights(args.weight_gradient, out, depth, thread);

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from xception.benchmark.results import FOLDER, KINDS, Kind, main, marks, pattern, read_lines, with_table, write_lines
+from xception.benchmark.result_files import FOLDER, KINDS, Kind, pattern, read_lines, write_lines
+from xception.benchmark.results import main, marks, with_table
 from xception.benchmark.tables import table
 from xception.errors import ConfigError
 

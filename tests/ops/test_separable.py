@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, library
 
 from xception.errors import ConfigError
-from xception.ops import backend, reference, separable
+from xception.ops import backend, packed_layers, reference, separable
 
 native = pytest.mark.skipif(not backend.native_available(), reason="the extension is not built")
 
@@ -151,12 +151,12 @@ def test_packed_weights_follow_the_tensors() -> None:
         if i % 2 == 0:  # more than are kept
             alive.append(pointwise)
         close(separable.separable_conv2d(x, depthwise, pointwise), reference.separable_conv2d(x, depthwise, pointwise))
-    assert len(separable._NETWORKS) == 256
+    assert len(packed_layers.LAYERS) == 256
 
 
 @native
 def test_layers_go_with_their_weights() -> None:
-    kept = separable._NETWORKS
+    kept = packed_layers.LAYERS
     gc.collect()
     before = len(kept)
     x = torch.randn(1, 5, 7, 9)
@@ -194,10 +194,10 @@ def test_nothing_is_said_at_the_end() -> None:
     """Networks that are still kept when the process ends are no leak."""
     code = """
 import torch
-from xception.ops import separable
+from xception.ops import packed_layers, separable
 x, depthwise, pointwise = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(5, 8, 1, 1)
 separable.separable_conv2d(x, depthwise, pointwise)
-print(len(separable._NETWORKS))
+print(len(packed_layers.LAYERS))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("1\n", "")

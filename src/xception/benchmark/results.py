@@ -1,53 +1,14 @@
-"""Result files, and the documents' tables that are made of them: ``python -m xception.benchmark.results README.md``.
-
-A file in ``benchmarks/results/`` holds JSON lines: the machine first (``"system": "machine"``), then a line a case. Its
-name begins with what it is of: ``inference``, ``training`` or, measured with ``--scaling``, ``scaling``.
-"""
+"""The documents' tables that are made of result files: ``python -m xception.benchmark.results README.md``."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
 
+from xception.benchmark.result_files import FOLDER, KINDS, Kind
+from xception.benchmark.tables import table
 from xception.errors import ConfigError
-from xception.weights.files import atomic_write
-
-FOLDER = Path("benchmarks", "results")
-
-Kind = Literal["inference", "training", "scaling"]
-KINDS: tuple[Kind, ...] = ("inference", "training", "scaling")
-"""Each has files and a table of its own."""
-
-Line = Mapping[str, Any]
-
-
-def write_lines(path: str | Path, lines: Iterable[Line]) -> None:
-    """Write `lines` to `path` in one step. Raises `WeightsError` where it cannot be written."""
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-
-    def write(stream: BinaryIO) -> None:
-        stream.write(text.encode("ascii"))
-
-    atomic_write(path, write)
-
-
-def read_lines(path: Path) -> tuple[Line, list[Line]]:
-    """The machine's line and those of the cases. Raises `ConfigError` for another file."""
-    try:
-        machine, *cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise ConfigError(f"{path}: expected JSON lines of a benchmark: {error}") from None
-    if not isinstance(machine, dict) or machine.get("system") != "machine":
-        raise ConfigError(f"{path}: expected the machine in its first line")
-    return machine, cases
-
-
-def pattern(kind: Kind) -> str:
-    """What the result files of this kind are called."""
-    return f"{kind}*.jsonl"
 
 
 def marks(kind: Kind) -> tuple[str, str]:
@@ -67,8 +28,6 @@ def with_table(text: str, made: str, kind: Kind) -> str:
 
 def main(paths: Sequence[str]) -> None:
     """Put the tables of the result files beside each document, or beside its folder, between the marks it has."""
-    from xception.benchmark.tables import table
-
     for path in map(Path, paths):
         text = path.read_text(encoding="utf-8")
         kinds = [kind for kind in KINDS if marks(kind)[0] in text]
@@ -82,4 +41,7 @@ def main(paths: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, OSError) as error:
+        sys.exit(f"xception: error: {error}")

@@ -1,4 +1,4 @@
-"""The documents' tables of benchmarks, made of the result files: ours beside the best peer, and how cost grows."""
+"""Tables of result files, in Markdown: ours beside the best peer, and how cost grows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xception.benchmark.case import PARTS
-from xception.benchmark.results import FOLDER, Kind, Line, pattern, read_lines
+from xception.benchmark.result_files import FOLDER, Kind, Line, pattern, read_lines
 from xception.errors import ConfigError
 
 TO_INCEPTION = "ratio_to_inception_v3"

@@ -68,7 +68,7 @@ class Benchmark:
         if self.scaling:
             lines += self._grow(run, settings, lines)
         if self.out is not None:
-            from xception.benchmark.results import write_lines
+            from xception.benchmark.result_files import write_lines
 
             write_lines(self.out, [machine, *lines])
         if not self.json:

@@ -202,7 +202,7 @@ def _scaled(images: torch.Tensor, size: tuple[int, int], interpolation: Interpol
     options: dict[str, Any] = {"mode": "nearest-exact"}  # plain 'nearest' is off by half a pixel
     if interpolation != "nearest":
         options = {"mode": interpolation, "align_corners": False, "antialias": True}
-    # Where there are vectors of bytes PyTorch interpolates bytes; elsewhere that would be slower than this.
+    # Bytes only where torchvision has them interpolated as bytes: elsewhere its numbers are those of floats, rounded.
     as_floats = interpolation == "bilinear" and not _has_byte_kernels()
     result = torch.nn.functional.interpolate(batch.float() if as_floats else batch, size, **options)
     if as_floats:
