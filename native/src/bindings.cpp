@@ -306,9 +306,11 @@ bool runs_kernels(const std::string& level, const std::string& type) {
   return level == "scalar" || (level == "avx2" && features.avx2) || (level == "avx512" && features.avx512) ||
          (level == "avx512_bf16" && features.avx512_bf16 && features.avx512_vnni) ||
          (level == "avx512_vnni" && features.avx512_vnni) ||
+         (level == "avx512_fp16" && features.avx512_fp16 && type != "fp32") ||
+         (level == "avx512_fp16_emulated" && features.avx512 && type != "fp32") ||  // for tests
          (level == "amx_bf16" && features.amx_bf16 && type != "fp16") ||
          (level == "amx_fp16" && features.amx_fp16 && type == "fp16") ||
-         (level == "amx_emulated" && features.avx512) ||  // for tests
+         (level == "amx_emulated" && features.avx512) ||
          (level == "amx_half_emulated" && features.avx512 && type != "fp32");
 }
 

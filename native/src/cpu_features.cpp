@@ -61,8 +61,8 @@ CpuFeatures interpret_x86(const X86Registers& r, bool tile_permission) noexcept 
   features.avx512 = f && dq && bw && vl;
   if (!features.avx512) return features;
   features.avx512_vnni = bit(r.leaf7_ecx, 11);
-  features.avx512_fp16 = bit(r.leaf7_edx, 23);
   features.avx512_bf16 = bit(r.leaf7_1_eax, 5) && features.avx512_vnni;
+  features.avx512_fp16 = bit(r.leaf7_edx, 23) && features.avx512_bf16;
 
   const bool tiles = bit(r.leaf7_edx, 24) && all_bits(r.xcr0, kTileState) && tile_permission &&
                      is_known_palette(r.tile_palette_ebx, r.tile_palette_ecx);

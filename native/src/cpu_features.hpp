@@ -15,7 +15,7 @@ struct CpuFeatures {
   bool avx512 = false;       // AVX-512 F, BW, DQ and VL
   bool avx512_vnni = false;  // int8 dot products
   bool avx512_bf16 = false;  // bf16 dot products and conversions; our kernels also use those of int8
-  bool avx512_fp16 = false;  // half precision arithmetic
+  bool avx512_fp16 = false;  // half precision arithmetic; our kernels also use those of bf16
   bool amx_int8 = false;     // matrix tiles; the AMX kernels also use AVX-512, so AMX implies it here
   bool amx_bf16 = false;  // our kernels also use those of int8
   bool amx_fp16 = false;

@@ -74,9 +74,8 @@ struct MultiplyArgs {
   const std::byte* weights = nullptr;   // as `pack` lays them out
   std::int64_t panel_bytes = 0;
   const float* bias = nullptr;          // [panels * 32]
-  // A matrix of u8, both [panels * 32]: what is added to the sums, and what they are multiplied by then.
-  const std::int32_t* offset = nullptr;
-  const float* scale = nullptr;
+  const std::int32_t* offset = nullptr;  // of a matrix of u8, [panels * 32]: what is added to the sums
+  const float* scale = nullptr;  // likewise, and where kernels want them: what sums are multiplied by then
   const std::byte* residual = nullptr;  // at the output's first pixel, or null
   std::int64_t residual_block = 0;
   std::byte* output = nullptr;
@@ -125,6 +124,8 @@ struct Kernels {
   Type matrix_type = Type::f32;
   bool interleaves = false;   // `multiply` does `beside`
   bool half_filters = false;  // depthwise filters are half precision, [blocks][kernel * kernel][32]; bias [blocks * 32]
+  // Weights are half precision, the largest of each output channel between 1 and 2: `scale` has what they were divided by.
+  bool scales_weights = false;
   // Products of floats by those of bf16: `multiply` takes the matrix apart, and packed weights are taken apart already.
   bool in_pieces = false;
   int depth_unit = 1;  // `multiply` reads K up to a multiple of this: weights are padded with zeros
@@ -167,6 +168,14 @@ const Kernels* kernels(Type type);
 }
 namespace avx512_bf16 {
 const Kernels* kernels(Type type);
+}
+namespace avx512_fp16 {
+const Kernels* kernels(Type type);
+const Kernels* wide_kernels(Type type);
+}
+namespace avx512_fp16_emulated {
+const Kernels* kernels(Type type);
+const Kernels* wide_kernels(Type type);
 }
 namespace amx {
 const Kernels* kernels(Type type);

@@ -37,41 +37,16 @@ struct Coming {
   int lines;
 };
 
-template <class Dot, class S, int Rows, int Columns>
-[[gnu::flatten]] inline void multiply_tile(const MultiplyArgs& a, int pixel, const std::byte* weights, int channel,
-                                           const Coming& coming) {
-  typename Dot::Sum sums[Rows][Columns];
-  each<Columns>([&](auto c) {
-    const auto begin = Dot::begin(a, channel + c * kGroup);
-    each<Rows>([&](auto r) { sums[r][c] = begin; });
-  });
-  constexpr int steps_per_line = kLineBytes / 4;
-  const int steps = (a.depth + Dot::kPerStep - 1) / Dot::kPerStep;
-  const std::byte* matrix = a.matrix + static_cast<std::int64_t>(pixel) * kLineBytes;
-  auto step = [&](const std::byte* at) {
-    decltype(Dot::weights(weights)) w[Columns];
-    each<Columns>([&](auto c) { w[c] = Dot::weights(weights + c * kLineBytes); });
-    each<Rows>([&](auto r) {
-      each<Columns>([&](auto c) { sums[r][c] = Dot::step(at + r * kLineBytes, w[c], sums[r][c]); });
-    });
-    weights += 2 * kLineBytes;  // a panel is two vectors wide
-  };
-  int done = 0;
-  const std::byte* fetched = coming.begin;
-  for (; done + steps_per_line <= steps; done += steps_per_line) {
-    for (int i = 0; i < coming.lines; ++i, fetched += kLineBytes) __builtin_prefetch(fetched, 0, 2);
-    for (int s = 0; s < steps_per_line; ++s) step(matrix + s * 4);
-    matrix += a.matrix_block;
-  }
-  for (int s = 0; done + s < steps; ++s) step(matrix + s * 4);
-
+// What follows a tile's sums, of which `sum(r, c)` gives a row's channels as floats.
+template <class S, int Rows, int Columns, class Sum>
+[[gnu::always_inline]] inline void finish_tile(const MultiplyArgs& a, int pixel, int channel, const Sum& sum) {
   each<Columns>([&](auto c) {
     const int group = channel / kGroup + c;
     std::byte* output = a.output + group_offset<S>(group, a.output_block);
     const std::byte* residual = a.residual ? a.residual + group_offset<S>(group, a.residual_block) : nullptr;
     const int valid = a.out_channels - group * kGroup;  // infinity times a padded weight is no zero
     each<Rows>([&](auto r) {
-      V v = Dot::end(sums[r][c], a, channel + c * kGroup);
+      V v = sum(r, c);
       if (residual) v = add(v, load(line<S>(residual, pixel + r)));
       v = activate(v, a.activation);
       store(line<S>(output, pixel + r), valid < kGroup ? first(v, valid) : v);
@@ -79,12 +54,45 @@ template <class Dot, class S, int Rows, int Columns>
   });
 }
 
+template <class Dot, class S, int Rows, int Columns>
+struct Tile {
+  [[gnu::flatten]] static void run(const MultiplyArgs& a, int pixel, const std::byte* weights, int channel,
+                                   const Coming& coming) {
+    typename Dot::Sum sums[Rows][Columns];
+    each<Columns>([&](auto c) {
+      const auto begin = Dot::begin(a, channel + c * kGroup);
+      each<Rows>([&](auto r) { sums[r][c] = begin; });
+    });
+    constexpr int steps_per_line = kLineBytes / 4;
+    const int steps = (a.depth + Dot::kPerStep - 1) / Dot::kPerStep;
+    const std::byte* matrix = a.matrix + static_cast<std::int64_t>(pixel) * kLineBytes;
+    auto step = [&](const std::byte* at) {
+      decltype(Dot::weights(weights)) w[Columns];
+      each<Columns>([&](auto c) { w[c] = Dot::weights(weights + c * kLineBytes); });
+      each<Rows>([&](auto r) {
+        each<Columns>([&](auto c) { sums[r][c] = Dot::step(at + r * kLineBytes, w[c], sums[r][c]); });
+      });
+      weights += 2 * kLineBytes;  // a panel is two vectors wide
+    };
+    int done = 0;
+    const std::byte* fetched = coming.begin;
+    for (; done + steps_per_line <= steps; done += steps_per_line) {
+      for (int i = 0; i < coming.lines; ++i, fetched += kLineBytes) __builtin_prefetch(fetched, 0, 2);
+      for (int s = 0; s < steps_per_line; ++s) step(matrix + s * 4);
+      matrix += a.matrix_block;
+    }
+    for (int s = 0; done + s < steps; ++s) step(matrix + s * 4);
+    finish_tile<S, Rows, Columns>(a, pixel, channel,
+                                  [&](auto r, auto c) { return Dot::end(sums[r][c], a, channel + c * kGroup); });
+  }
+};
+
 template <class Dot, class S, int Rows>
 inline void multiply_rows(const MultiplyArgs& a, int rows, int pixel, const std::byte* weights, int channel,
                           const Coming& coming) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      multiply_tile<Dot, S, Rows, kColumns>(a, pixel, weights, channel, coming);
+      Tile<Dot, S, Rows, kColumns>::run(a, pixel, weights, channel, coming);
     else
       multiply_rows<Dot, S, Rows - 1>(a, rows, pixel, weights, channel, coming);
   }

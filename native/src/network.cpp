@@ -28,6 +28,10 @@ const Kernels& kernels_for(const std::string& level, Type type) {
 #endif
   if (level == "amx_emulated") found = amx_emulated::kernels(type);
   if (level == "amx_half_emulated") found = amx_half_emulated::kernels(type);
+#if defined(XCEPTION_HAS_FP16_KERNELS)
+  if (level == "avx512_fp16") found = avx512_fp16::kernels(type);
+#endif
+  if (level == "avx512_fp16_emulated") found = avx512_fp16_emulated::kernels(type);
   if (level == "avx512_bf16") found = avx512_bf16::kernels(type);
   if (level == "avx512_vnni") found = avx512_vnni::kernels(type);
   if (found == nullptr && level != "avx2" && level != "scalar") found = avx512::kernels(type);
@@ -41,6 +45,10 @@ const Kernels& kernels_for(const std::string& level, Type type) {
 const Kernels* wide_kernels_for(const std::string& level, Type type) {
 #if defined(XCEPTION_HAS_X86_KERNELS)
   if (kernels_for(level, type).begin_overflow_watch == nullptr) return nullptr;
+#if defined(XCEPTION_HAS_FP16_KERNELS)
+  if (level == "avx512_fp16") return avx512_fp16::wide_kernels(type);
+#endif
+  if (level == "avx512_fp16_emulated") return avx512_fp16_emulated::wide_kernels(type);
   return level == "amx_half_emulated" ? amx_emulated::kernels(type) : amx::kernels(type);
 #else
   static_cast<void>(level);
@@ -244,7 +252,8 @@ int Network::separable(int input, const Sampling& sampling, std::span<const floa
     pack_bytes(layer, columns, bias);
     return layer.output;
   }
-  if (!kernels_->half_filters || kernels_->matrix_type != Type::bf16 || middle == Activation::elu) {
+  const bool takes_powers = kernels_->matrix_type == Type::bf16 || kernels_->scales_weights;
+  if (!kernels_->half_filters || !takes_powers || middle == Activation::elu) {
     pack_filters(layer, filters, filter_bias);
     pack(layer, weights, bias);
     return layer.output;

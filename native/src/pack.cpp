@@ -74,6 +74,16 @@ void Network::pack(Layer& layer, std::span<const float> weights, std::span<const
                   layer.weights.data() + p * layer.panel_bytes);
     return;
   }
+  std::vector<int> exponents(index_of(panels * kPanel), 0);
+  if (kernels_->scales_weights && !reduced) {
+    layer.scale = padded({}, panels * kPanel);
+    for (int o = 0; o < panels * kPanel; ++o) {
+      float largest = 0;
+      for (int k = 0; k < layer.depth; ++k) largest = std::max(largest, std::abs(at(o, k)));
+      if (largest > 0 && std::isfinite(largest)) exponents[index_of(o)] = std::ilogb(largest);
+      reinterpret_cast<float*>(layer.scale.data())[o] = std::ldexp(1.0f, exponents[index_of(o)]);
+    }
+  }
   const int steps = static_cast<int>(layer.panel_bytes / (2 * kLineBytes));
   auto* floats = reinterpret_cast<float*>(layer.weights.data());
   auto* halves = reinterpret_cast<std::uint16_t*>(layer.weights.data());
@@ -85,7 +95,8 @@ void Network::pack(Layer& layer, std::span<const float> weights, std::span<const
           if (type == Type::f32)
             *floats++ = value;
           else
-            *halves++ = type == Type::bf16 ? to_bf16(value).bits : to_f16(value).bits;
+            *halves++ = type == Type::bf16 ? to_bf16(value).bits
+                                           : to_f16(std::ldexp(value, -exponents[index_of(p * kPanel + n)])).bits;
         }
 }
 

@@ -17,6 +17,7 @@ const TrainKernels* train_kernels_for(const std::string& level, Type type, Type 
 #if defined(XCEPTION_HAS_X86_KERNELS)
   if (level == "amx_emulated" || level == "amx_half_emulated") return amx_emulated::train_kernels(type, matrix);
   if (level == "amx_bf16") return amx::train_kernels(type, matrix);
+  if (level == "avx512_fp16" || level == "avx512_fp16_emulated") return nullptr;  // gradients are too small for it
   if (matrix == Type::bf16) return avx512_bf16::train_kernels(type, matrix);
   if (level == "avx2") return avx2::train_kernels(type, matrix);
   if (level != "scalar") return avx512::train_kernels(type, matrix);

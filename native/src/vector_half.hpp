@@ -31,6 +31,10 @@ struct H {
 inline H zero_half() { return {_mm512_setzero_ph()}; }
 inline H load(const H* p) { return {_mm512_loadu_ph(p)}; }
 inline void store(H* p, H x) { _mm512_storeu_ph(p, x.a); }
+// The two numbers there, again and again.
+inline H pair(const std::byte* p) {
+  return {_mm512_castps_ph(_mm512_set1_ps(*reinterpret_cast<const float*>(p)))};
+}
 // Rounded to the nearest, ties to even, and counted from `zero`; what lies beyond a byte is its end, and so is NaN.
 inline void store(u8* p, H x, int zero) {
   const __m512h top = _mm512_set1_ph(static_cast<_Float16>(255 - zero));
@@ -78,6 +82,7 @@ inline H narrow(V lo, V hi) {
 inline H zero_half() { return {_mm512_setzero_si512()}; }
 inline H load(const H* p) { return {_mm512_loadu_si512(p)}; }
 inline void store(H* p, H x) { _mm512_storeu_si512(p, x.a); }
+inline H pair(const std::byte* p) { return {_mm512_set1_epi32(*reinterpret_cast<const int*>(p))}; }
 inline void store(u8* p, H x, int zero) {
   store(p, low(x), zero);
   store(p + 16, high(x), zero);

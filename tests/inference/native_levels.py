@@ -17,6 +17,10 @@ def kernel_levels() -> list[tuple[str, str]]:
         (level, kind)
         for level, kind, feature in (
             ("avx512_bf16", "bf16", "avx512_bf16"),
+            ("avx512_fp16", "bf16", "avx512_fp16"),
+            ("avx512_fp16", "fp16", "avx512_fp16"),
+            ("avx512_fp16_emulated", "bf16", "avx512"),
+            ("avx512_fp16_emulated", "fp16", "avx512"),
             ("amx_emulated", "fp32", "avx512"),
             ("amx_emulated", "bf16", "avx512"),
             ("amx_emulated", "fp16", "avx512"),

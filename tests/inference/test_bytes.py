@@ -28,7 +28,9 @@ pytest.importorskip("xception._native")
 BYTES = [level for level, kind in LEVELS if kind == "bf16"]
 if "avx512_vnni" in backend.detected_features():
     BYTES.append("avx512_vnni")
-KEPT = {level: torch.float16 if "half" in level else torch.bfloat16 for level in BYTES}  # what a level's maps hold
+KEPT = {
+    level: torch.float16 if "half" in level or "fp16" in level else torch.bfloat16 for level in BYTES
+}  # what a level's maps hold
 if "avx512_fp16" in backend.detected_features():
     KEPT["amx_bf16"] = torch.float16
 

@@ -20,7 +20,7 @@ import xception
 from xception.errors import ConfigError
 from xception.inference.compiled import CompiledModel, compile_model
 from xception.inference.lowering import lower
-from xception.ops.backend import use_backend
+from xception.ops.backend import kernel_level, use_backend
 
 pytest.importorskip("xception._native")
 
@@ -337,7 +337,9 @@ def test_precision_is_its_error(narrow: nn.Module) -> None:
     ours = xception.compile(narrow, "bf16")(x)
     error, torchs = (float((y - expected).norm() / expected.norm()) for y in (ours, theirs))
     assert 0 < error < 1.1 * torchs
-    assert 0 < float((xception.compile(narrow, "fp16")(x) - expected).norm() / expected.norm()) < error
+    finer = float((xception.compile(narrow, "fp16")(x) - expected).norm() / expected.norm())
+    # Where bf16 is computed in half precision, the two are the same kernels.
+    assert 0 < finer < error or (finer == error and kernel_level("bf16") == "avx512_fp16")
 
 
 def test_wrong_use(narrow: nn.Module) -> None:

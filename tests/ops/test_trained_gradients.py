@@ -153,7 +153,7 @@ def test_float32_maps_under_autocast(operation: str) -> None:
     """The input is rounded once; its gradient comes back in its own type."""
     case = OPERATIONS[operation]
     data = case.having({"x": case.tensors["x"].bfloat16().float()})
-    level = backend.kernel_level("bf16")
+    level = backend.training_level("bf16")
     right = run_native(data, level, "bf16")
     with at_level(level) as taken, autocast("bf16"):
         found = run(data.operation, data, maps=torch.float32)

@@ -118,7 +118,7 @@ LAYOUTS = ("contiguous", "channels_last", "turned", "strided", "swapped", "slice
 @of_each
 def test_any_layout_of_maps_gives_the_same_bits(operation: str, layout: str, kind: str) -> None:
     data = case_data(OPERATIONS[operation], kind)
-    right = run_native(data, backend.kernel_level(kind), kind)  # type: ignore[arg-type]
+    right = run_native(data, backend.training_level(kind), kind)  # type: ignore[arg-type]
     tensors = leaves(data, maps=MAP_TYPES[kind])
     for name in MAPS:
         if name in tensors:
@@ -134,7 +134,7 @@ def test_any_layout_of_maps_gives_the_same_bits(operation: str, layout: str, kin
 @of_each
 def test_any_layout_of_weights_gives_the_same_bits(operation: str, layout: str) -> None:
     data = case_data(OPERATIONS[operation])
-    right = run_native(data, backend.kernel_level("fp32"), "fp32")
+    right = run_native(data, backend.training_level("fp32"), "fp32")
     for name in [name for name in data.tensors if name not in MAPS]:
         tensors = leaves(data)
         tensors[name] = laid(tensors[name].detach(), layout).requires_grad_(not is_running(name))
@@ -150,7 +150,7 @@ def test_a_gradient_without_memory_of_its_own(operation: str, kind: str) -> None
     """As that of a sum is: one number, seen as a map."""
     data = case_data(OPERATIONS[operation], kind)
     data = replace(data, gradient=torch.ones(data.gradient.shape))
-    right = run_native(data, backend.kernel_level(kind), kind)  # type: ignore[arg-type]
+    right = run_native(data, backend.training_level(kind), kind)  # type: ignore[arg-type]
     tensors = leaves(data, maps=MAP_TYPES[kind])
     with autocast(kind):
         y = data.call(data.operation, tensors)
@@ -320,7 +320,7 @@ def test_many_threads(kind: str) -> None:
         Case(channels=20, height=12, widths=(33,), pool="same", shortcut="convolution"),
         ConvCase(channels=3, out=17, height=20, stride=2, output_relu=True),
     )
-    level = backend.kernel_level(kind)  # type: ignore[arg-type]
+    level = backend.training_level(kind)  # type: ignore[arg-type]
     given = [case_data(case, kind) for case in some]
     right = [run_native(data, level, kind) for data in given]
 

@@ -52,6 +52,7 @@ def at_level(level: str) -> Iterator[mock.Mock]:
     """Train with these kernels, watched."""
     with (
         backend.use_backend("native"),
+        mock.patch.object(backend, "training_level", return_value=level),
         mock.patch.object(backend, "kernel_level", return_value=level),
         watched() as taken,
     ):

@@ -87,7 +87,7 @@ def _is_whole(normalised: Normalised) -> bool:
 def trainer_for(maps: Tensor) -> UnitTrainer:
     """The kernels for the type of these maps, on as many threads as PyTorch has."""
     kind = MAP_TYPES[maps.dtype]
-    return trainer(backend.kernel_level(kind), kind, torch.get_num_threads())
+    return trainer(backend.training_level(kind), kind, torch.get_num_threads())
 
 
 @lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from xception.data.loader import Batch
-from xception.ops.backend import active_backend, kernel_level, use_backend
+from xception.ops.backend import active_backend, training_level, use_backend
 from xception.training.losses import balanced_weights, classification_loss
 from xception.training.optimizers import PolyakAverage
 from xception.training.prepare import Plan
@@ -97,7 +97,7 @@ def engine(plan: Plan) -> str:
             return "torch"
         if plan.precision == "fp16":
             return "torch (the compiled extension trains in fp32 and bf16)"
-        return f"native, {kernel_level(plan.precision)}"
+        return f"native, {training_level(plan.precision)}"
 
 
 def train_step(
