@@ -202,9 +202,9 @@ def compile_model(
     at a call that it cannot run the network at that size, "auto" goes over to torch, and logs it.
     `mean` and `std`, one a channel on a scale of 0 to 1, are for uint8 images (None: 0.5, pixels to -1..1).
 
-    "int8" multiplies bytes in all convolutions but the first and is bf16 otherwise (with AVX-512 FP16, half precision); it is for
-    the compiled executor only. It needs `calibration`: images as a call takes them, like those to come, one or two dozen
-    (`quantize.steps_of`).
+    "int8" multiplies bytes in all convolutions but the first and is bf16 otherwise (with AVX-512 FP16, half
+    precision); it is for the compiled executor only. It needs `calibration`: images as a call takes them, like those to
+    come, one or two dozen (`quantize.steps_of`).
     An image that holds NaN or infinity gives NaN.
 
     Weights are copied: later training does not change the result. Raises `ConfigError` for a wrong argument, and where
