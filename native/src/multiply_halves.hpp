@@ -94,16 +94,15 @@ struct Tile<DotHalves, S, Rows, Columns> {
       has_totals = true;
       chains = 0;
     }
-    if (has_totals)
-      finish_tile<S, Rows, Columns>(a, pixel, channel, [&](auto r, auto c) {
+    each<Columns>([&](auto c) {
+      const Finish<S> finish(a, channel + c * kGroup);
+      each<Rows>([&](auto r) {
         const float* total = room.totals[r][c];
-        return end(a, channel + c * kGroup, add(load(total), low(sums[r][c])),
-                   add(load(total + kGroup), high(sums[r][c])));
+        V lo = low(sums[r][c]), hi = high(sums[r][c]);
+        if (has_totals) lo = add(load(total), lo), hi = add(load(total + kGroup), hi);
+        finish(pixel + r, end(a, channel + c * kGroup, lo, hi));
       });
-    else
-      finish_tile<S, Rows, Columns>(a, pixel, channel, [&](auto r, auto c) {
-        return end(a, channel + c * kGroup, low(sums[r][c]), high(sums[r][c]));
-      });
+    });
   }
 
  private:

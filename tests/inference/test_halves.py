@@ -136,10 +136,9 @@ def test_infinity_and_nan_stay_where_they_are(level: str, kind: str) -> None:
     assert np.isnan(found[0, 2, 3]).all()
 
 
+@pytest.mark.skipif(("avx512_fp16", "fp16") not in HALVES, reason="this processor has no half precision arithmetic")
 def test_processor_and_emulation() -> None:
-    """The machine's own arithmetic beside the emulated one, which rounds a product before it is added."""
-    if ("avx512_fp16", "fp16") not in HALVES:
-        pytest.skip("this processor has no half precision arithmetic")
+    """The machine's own arithmetic beside the emulated one, which rounds a sum to a float before it is a half."""
     x, weights = halves(normal(2, 5, 7, 728)), halves(normal(64, 728, seed=1))
     expected = exact(x, weights)
     errors = [

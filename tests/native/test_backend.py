@@ -80,6 +80,33 @@ def test_levels_start_at_scalar_and_rise(monkeypatch: pytest.MonkeyPatch) -> Non
     assert backend.cpu_features() == ()
 
 
+AVX512 = ("avx2", "avx512", "avx512_vnni")
+
+
+@on_x86
+@pytest.mark.parametrize(
+    ("features", "inference", "training", "fast"),
+    [
+        ((), "scalar", "scalar", "fp32"),
+        (AVX512, "avx512", "avx512", "fp32"),
+        ((*AVX512, "avx512_bf16"), "avx512_bf16", "avx512_bf16", "bf16"),
+        ((*AVX512, "avx512_bf16", "avx512_fp16"), "avx512_fp16", "avx512", "bf16"),
+        ((*AVX512, "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"), "amx_bf16", "amx_bf16", "bf16"),
+    ],
+)
+def test_kernels_of_bf16(
+    features: tuple[str, ...], inference: str, training: str, fast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision arithmetic is for inference only, and tells that pairs of bf16 are slow."""
+    monkeypatch.setattr(backend, "cpu_features", lambda: features)
+    backend._kernel_level.cache_clear()
+    try:
+        found = backend.kernel_level("bf16"), backend.training_level("bf16"), backend.fast_precision()
+    finally:
+        backend._kernel_level.cache_clear()
+    assert found == (inference, training, fast)
+
+
 @on_x86
 @pytest.mark.parametrize("bad", ["avx3", "AVX2", "neon", "none", " ", "avx2,avx512"])
 def test_an_unknown_cap_is_one_line_with_the_choices(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:

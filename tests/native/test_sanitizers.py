@@ -18,6 +18,7 @@ TESTS = (
     "tests/inference/test_pieces.py",
     "tests/inference/test_bytes.py",
     "tests/inference/test_compiled.py",
+    "tests/inference/test_halves.py",
     "tests/native/test_batch_norm.py",
     "tests/native/test_unit_trainer.py",
     "tests/ops/test_convolutions.py",

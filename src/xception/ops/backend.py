@@ -191,13 +191,6 @@ _KERNELS = {
     # Beside activations in bf16, or half precision.
     "int8": ("amx_bf16", "avx512_fp16", "avx512_bf16", "avx512_vnni", "avx512", "avx2"),
 }
-# Gradients are too small for half precision. The processors that have its arithmetic do pairs of bf16 at a quarter of
-# the rate of floats (measured: 0.46 and 2 instructions a cycle), so their products are of floats.
-_TRAINING_KERNELS = {
-    "fp32": _KERNELS["fp32"],
-    "bf16": ("amx_bf16", "avx512_bf16", "avx512", "avx2"),
-    "fp16": _KERNELS["fp16"][-2:],
-}
 
 
 def kernel_level(precision: NetworkPrecision) -> str:
@@ -208,22 +201,20 @@ def kernel_level(precision: NetworkPrecision) -> str:
     return _kernel_level(precision, os.environ.get(CAP_VARIABLE))
 
 
-@lru_cache
+@lru_cache  # asked for by every operation of every step
 def _kernel_level(precision: NetworkPrecision, cap: str | None) -> str:
     features = cpu_features()  # of that cap
     return next((level for level in _KERNELS[precision] if level in features), "scalar")
 
 
 def training_level(precision: Precision) -> str:
-    """The fastest kernels to train with in this precision, otherwise like `kernel_level`."""
-    return _training_level(precision, os.environ.get(CAP_VARIABLE))
+    """The fastest kernels to train with in this precision, otherwise like `kernel_level`.
 
-
-@lru_cache  # asked for by every operation of every step
-def _training_level(precision: Precision, cap: str | None) -> str:
-    features = cpu_features()  # of that cap
-    slow = ("avx512_bf16",) if "avx512_fp16" in features else ()
-    return next((lv for lv in _TRAINING_KERNELS[precision] if lv in features and lv not in slow), "scalar")
+    Gradients are too small for half precision. Processors that have its arithmetic do pairs of bf16 at half of the rate
+    of floats, so products are of floats there: 1.6 times the images a second (docs/log.md).
+    """
+    level = kernel_level(precision)
+    return "avx512" if level == "avx512_fp16" else level
 
 
 def vector_level() -> str:
@@ -233,11 +224,12 @@ def vector_level() -> str:
 
 
 def fast_precision() -> Precision:
-    """The faster of fp32 and bf16: the latter where the processor multiplies it and `XCEPTION_MAX_ISA` allows it.
+    """The faster of fp32 and bf16 to train in: the latter where the processor has instructions for it and
+    `XCEPTION_MAX_ISA` allows them.
 
     Raises ConfigError like `cpu_features`.
     """
-    return "bf16" if kernel_level("bf16") in ("amx_bf16", "avx512_bf16") else "fp32"
+    return "bf16" if "avx512_bf16" in cpu_features() else "fp32"
 
 
 def new_crews(threads: int) -> Crews:
